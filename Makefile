@@ -1,0 +1,36 @@
+# make serve and make test do all their own set-up; a second run skips it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: setup serve test test-all lint types format
+
+serve: $(READY)
+	$(BIN)/mixtral-serve serve serve_config.yaml
+
+test: lint types
+	$(BIN)/pytest
+
+test-all: lint types
+	MIXTRAL_TEST_ALL=1 $(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(READY)
+
+# Anew whenever what is to be installed changes. pip, not another installer: it honours the constraints file
+# together with whatever wheels the machine is configured to find.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)

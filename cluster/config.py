@@ -1,0 +1,45 @@
+"""What an engine needs to know, resolved: no autos, no environment, no files to look up.
+
+deployments/settings.py makes it once; everything below reads it and nobody changes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ExchangeChoice = Literal["auto", "all_to_all", "all_reduce"]
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    tensor: int = 1
+    exchange: ExchangeChoice = "auto"
+    threads_per_rank: int = 1  # torch threads; the worker sets them, OMP_NUM_THREADS is never believed
+
+
+@dataclass(frozen=True, slots=True)
+class KVConfig:
+    page_size: int = 16
+    memory: int | None = None  # bytes over all ranks of one tensor group's rank; None: measured after loading
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_running: int = 256
+    max_step_tokens: int = 2048
+    max_waiting: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    model_path: str
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    max_model_len: int | None = None  # None: the checkpoint's own, capped by what the pages hold
+    parallel: ParallelConfig = ParallelConfig()
+    kv: KVConfig = KVConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()

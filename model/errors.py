@@ -1,0 +1,23 @@
+"""What can be wrong with a model on disk. Each message is one sentence that names the file and what to change.
+
+ModelError (ValueError)
+├── ConfigError       config.json / params.json says something we cannot honour
+├── CheckpointError   a weight file is missing, truncated, misshaped or not what the config promises
+└── TokenizerError    tokenizer files are missing or contradict the config; a chat template failed
+"""
+
+
+class ModelError(ValueError):
+    pass
+
+
+class ConfigError(ModelError):
+    pass
+
+
+class CheckpointError(ModelError):
+    pass
+
+
+class TokenizerError(ModelError):
+    pass
