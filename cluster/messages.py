@@ -46,8 +46,8 @@ class TokenEvent:
     """What one step added to one request. Ids and reason: the engine loop; text: Engine.generate, which decodes."""
 
     request_id: str
-    token_ids: tuple[int, ...]  # without the end-of-sequence token
-    text: str = ""  # whole characters only; already cut before a stop string
+    token_ids: tuple[int, ...]  # the token that ended the answer included: it was computed, it counts
+    text: str = ""  # whole characters only, without what ended the answer
     finish_reason: FinishReason | None = None  # set on exactly the last event
     error: str | None = None  # with finish_reason "error": one sentence for the caller
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache; set on the first event

@@ -22,7 +22,7 @@ class Comm(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, added in rank order. May reuse x's memory."""
+        """The sum of every rank's x, the same bits on every rank. May write into x."""
 
     def reduce_scatter(self, x_TD: Tensor, rows: Sequence[int]) -> Tensor:
         """This rank's rows[rank] rows of the sum; the rows of all ranks lie one after another in x_TD."""

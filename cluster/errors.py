@@ -1,0 +1,42 @@
+"""What the engine can answer instead of tokens. HTTP turns each class into one status code.
+
+EngineError (RuntimeError)
+├── RequestRejected         not started, nothing lost: try again after retry_after_s
+│   ├── QueueFull           running and waiting are both at their limits          429
+│   ├── EngineNotReady      loading, or a rank is gone and not yet replaced        503
+│   └── EngineDraining      shutting down: no new work                             503
+├── RequestInvalid          the request can never run here                         400
+└── StepFailed              the ranks could not run a step; names rank and cause   500
+"""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    pass
+
+
+class RequestRejected(EngineError):
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(RequestRejected):
+    pass
+
+
+class EngineNotReady(RequestRejected):
+    pass
+
+
+class EngineDraining(RequestRejected):
+    pass
+
+
+class RequestInvalid(EngineError):
+    pass
+
+
+class StepFailed(EngineError):
+    pass

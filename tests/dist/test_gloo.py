@@ -1,0 +1,57 @@
+"""The gloo transport: every collective against what one process computes from all ranks' inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.comm import Comm, split_rows
+from tests.dist.ranks import run_ranks
+
+D = 5
+
+
+def rank_rows(rank: int, rows: int) -> Tensor:
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(rank))
+
+
+def every_collective(comm: Comm, total: int) -> dict[str, Tensor]:
+    rows = split_rows(total, comm.size)
+    whole = rank_rows(comm.rank, total)
+    send = [(comm.rank + other) % 3 for other in range(comm.size)]
+    receive = send  # (source + rank) % 3 is symmetric
+    return {
+        "all_reduce": comm.all_reduce(whole.clone()),
+        "reduce_scatter": comm.reduce_scatter(whole, rows),
+        "all_gather": comm.all_gather(whole[: rows[comm.rank]], rows),
+        "all_to_all": comm.all_to_all(rank_rows(comm.rank, sum(send)), send, receive),
+        "broadcast": comm.broadcast(whole.clone(), comm.size - 1),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("total", [1, 7])  # one row: some ranks have none
+def test_collectives(size: int, total: int) -> None:
+    results = run_ranks(size, every_collective, total)
+    rows = split_rows(total, size)
+    wholes = [rank_rows(rank, total) for rank in range(size)]
+    summed = torch.stack(wholes).sum(0)
+    for rank, result in enumerate(results):
+        first = sum(rows[:rank])
+        torch.testing.assert_close(result["all_reduce"], summed)
+        assert torch.equal(result["all_reduce"], results[0]["all_reduce"])
+        torch.testing.assert_close(result["reduce_scatter"], summed[first : first + rows[rank]])
+        assert torch.equal(result["all_gather"], torch.cat([w[:n] for w, n in zip(wholes, rows, strict=True)]))
+        assert torch.equal(result["broadcast"], wholes[-1])
+        expected = []
+        for source in range(size):
+            counts = [(source + other) % 3 for other in range(size)]
+            before = sum(counts[:rank])
+            expected.append(rank_rows(source, sum(counts))[before : before + counts[rank]])
+        assert torch.equal(result["all_to_all"], torch.cat(expected))
+
+
+def test_disagreeing_counts_are_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="3 rows to send"):
+        run_ranks(2, lambda comm: comm.all_to_all(torch.zeros(3, D), [1, 1], [1, 1]))
