@@ -1,0 +1,258 @@
+"""What a checkpoint says about itself, in Hugging Face's names: config.json, or Mistral's params.json.
+
+Every field is honoured, refused by name, or known to have no effect on serving; the rest is listed in `unknown`.
+Defaults are those of `transformers`, so that one file means one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from model.errors import ConfigError
+from model.fields import Fields, read_json
+from model.shard import Shard
+
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Training, bookkeeping, and what transformers' own forward pass does with its outputs.
+WITHOUT_EFFECT = (
+    "_name_or_path",
+    "attention_dropout",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "transformers_version",
+    "use_cache",
+)
+
+# Our names -> params.json's. Its "moe" object is read as if it lay at the top.
+MISTRAL_SPELLING = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "max_position_embeddings": "max_seq_len",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "num_key_value_heads": "n_kv_heads",
+    "num_local_experts": "num_experts",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied_embeddings",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RopeParameters:
+    """One dictionary of Hugging Face's, whichever way it was spelled. Fields that a type does not use stay unset."""
+
+    rope_type: RopeType = "default"
+    rope_theta: float = 1_000_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MixtralConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: RopeParameters
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    dtype: DtypeName | None  # as saved; None: the file does not say
+    without_effect: tuple[str, ...] = ()  # fields present that change nothing here
+    unknown: tuple[str, ...] = ()  # fields present that nobody here knows: worth a warning
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:
+        """From Hugging Face's config.json. `source` names the file in errors."""
+        fields = Fields(raw, source, {"num_local_experts": "num_experts"} if "num_experts" in raw else None)
+        fields.only("model_type", "mixtral")
+        architectures = fields.raw("architectures")
+        if architectures not in (None, ["MixtralForCausalLM"]):
+            fields.refuse("architectures", 'must be ["MixtralForCausalLM"], the only model served here')
+        fields.only("is_encoder_decoder", False)
+        fields.only("quantization_config", {})
+        fields.only("per_layer_config", {})
+        return cls._read(fields)
+
+    @classmethod
+    def from_params(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:
+        """From Mistral's params.json."""
+        moe = Fields(raw, source).table("moe")
+        flat = {name: value for name, value in raw.items() if name != "moe"} | moe
+        fields = Fields(flat, source, MISTRAL_SPELLING)
+        for name in ("hidden_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok"):
+            if fields.raw(name) is None:
+                fields.refuse(name, "is missing, so this is no Mixtral")
+        for name in ("yarn", "llama_4_scaling", "vision_encoder", "lora", "quantization", "causal"):
+            fields.only(name, True if name == "causal" else {})
+        return cls._read(fields)
+
+    @classmethod
+    def _read(cls, fields: Fields) -> MixtralConfig:
+        hidden = fields.integer("hidden_size", 4096, high=1 << 17)
+        heads = fields.integer("num_attention_heads", 32, high=1 << 12)
+        # Absent means transformers' default, null means as many as query heads.
+        kv_default = 8 if fields.absent("num_key_value_heads") else heads
+        kv_heads = fields.integer("num_key_value_heads", kv_default, high=1 << 12)
+        if heads % kv_heads:
+            fields.refuse("num_key_value_heads", f"is {kv_heads} and must divide num_attention_heads, {heads}")
+        head_dim = fields.optional_integer("head_dim", low=2, high=1 << 12)
+        if head_dim is None and hidden % heads:
+            fields.refuse(
+                "num_attention_heads", f"is {heads} and must divide hidden_size, {hidden}, or head_dim be set"
+            )
+        head_dim = head_dim or hidden // heads
+        if head_dim % 2:
+            fields.refuse("head_dim", f"is {head_dim} and must be even: rotary embedding turns pairs")
+        experts = fields.integer("num_local_experts", 8, high=1 << 12)
+        per_token = fields.integer("num_experts_per_tok", 2, high=experts)
+        if fields.raw("hidden_act") not in (None, "silu", "swish"):
+            fields.refuse("hidden_act", "must be silu, the only activation Mixtral was trained with")
+        length = fields.integer("max_position_embeddings", 4096 * 32, high=1 << 27)
+        vocab = fields.integer("vocab_size", 32000, high=1 << 24)
+        rope = read_rope(fields, length, head_dim)
+        return cls(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size", 14336, high=1 << 20),
+            num_hidden_layers=fields.integer("num_hidden_layers", 32, high=1 << 12),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            num_local_experts=experts,
+            num_experts_per_tok=per_token,
+            max_position_embeddings=length,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-5),
+            rope_parameters=rope,
+            sliding_window=fields.optional_integer("sliding_window", high=1 << 27),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            bos_token_id=1
+            if fields.absent("bos_token_id")
+            else fields.optional_integer("bos_token_id", low=0, high=vocab - 1),
+            eos_token_id=fields.integers("eos_token_id", (2,), high=vocab - 1),
+            dtype=read_dtype(fields),
+            without_effect=fields.present(WITHOUT_EFFECT),
+            unknown=fields.left_over(),
+        )
+
+    def head_slices(self, shard: Shard) -> tuple[range, range]:
+        """The query heads of one tensor rank, and the key-value heads they look at.
+
+        4 query heads, 2 key-value heads:   2 ranks  q 0 1 | 2 3   kv 0 | 1
+                                            4 ranks  q 0 | 1 | 2 | 3   kv 0 | 0 | 1 | 1
+        """
+        heads, kv_heads, size = self.num_attention_heads, self.num_key_value_heads, shard.tensor_size
+        if heads % size or (kv_heads % size and size % kv_heads):
+            raise ConfigError(
+                f"tensor parallel {size} does not fit {heads} query and {kv_heads} key-value heads: "
+                f"choose a size that divides {heads} and either divides {kv_heads} or is a multiple of it"
+            )
+        local, group = heads // size, heads // kv_heads
+        queries = range(shard.tensor_rank * local, (shard.tensor_rank + 1) * local)
+        return queries, range(queries[0] // group, queries[-1] // group + 1)
+
+    def local_kv_heads(self, shard: Shard) -> int:
+        return len(self.head_slices(shard)[1])
+
+
+def load_config(directory: Path) -> MixtralConfig:
+    """From whichever of config.json and params.json the directory holds, the first where it holds both."""
+    hugging_face, mistral = directory / "config.json", directory / "params.json"
+    if hugging_face.is_file():
+        return MixtralConfig.from_dict(read_json(hugging_face), str(hugging_face))
+    if mistral.is_file():
+        return MixtralConfig.from_params(read_json(mistral), str(mistral))
+    raise ConfigError(f"{directory} holds neither config.json nor params.json: point at a checkpoint directory")
+
+
+def read_dtype(fields: Fields) -> DtypeName | None:
+    name = "torch_dtype" if fields.absent("dtype") else "dtype"
+    fields.raw("torch_dtype")  # where a file says both, the newer spelling counts
+    return cast("DtypeName | None", fields.choice(name, None, DTYPES))
+
+
+def read_rope(outer: Fields, max_position_embeddings: int, head_dim: int) -> RopeParameters:
+    """rope_theta beside rope_scaling (before transformers 5), or all of it in rope_parameters."""
+    scaling, parameters = outer.table("rope_scaling"), outer.table("rope_parameters")
+    theta = outer.number("rope_theta", 1_000_000.0)
+    original = outer.optional_integer("original_max_position_embeddings", high=1 << 27)
+    outer.only("partial_rotary_factor", 1.0)
+    fields = outer.nested("rope_scaling" if scaling else "rope_parameters", scaling or parameters)
+    kind = fields.choice("rope_type", None, ROPE_TYPES) or fields.choice("type", "default", ROPE_TYPES)
+    fields.raw("type")
+    fields.only("partial_rotary_factor", 1.0)
+    theta = fields.number("rope_theta", theta)
+    original = fields.optional_integer("original_max_position_embeddings", high=1 << 27) or original
+    original = original or max_position_embeddings
+    rope = RopeParameters(cast(RopeType, kind), theta, original_max_position_embeddings=original)
+    match rope.rope_type:
+        case "default":
+            pass
+        case "linear" | "dynamic":
+            rope = replace(rope, factor=fields.number("factor", None))
+        case "yarn":
+            rope = replace(
+                rope,
+                factor=fields.number("factor", None),
+                attention_factor=fields.optional_number("attention_factor"),
+                beta_fast=fields.number("beta_fast", 32.0),
+                beta_slow=fields.number("beta_slow", 1.0),
+                mscale=fields.optional_number("mscale"),
+                mscale_all_dim=fields.optional_number("mscale_all_dim"),
+                truncate=fields.boolean("truncate", True),
+            )
+        case "llama3":
+            rope = replace(
+                rope,
+                factor=fields.number("factor", None),
+                low_freq_factor=fields.number("low_freq_factor", None),
+                high_freq_factor=fields.number("high_freq_factor", None),
+            )
+        case "longrope":
+            rope = replace(
+                rope,
+                factor=fields.number("factor", max_position_embeddings / original),
+                attention_factor=fields.optional_number("attention_factor"),
+                short_factor=fields.numbers("short_factor", length=head_dim // 2),
+                long_factor=fields.numbers("long_factor", length=head_dim // 2),
+            )
+    if left := fields.left_over():
+        fields.refuse(left[0], f"does not belong to rope_type {rope.rope_type}")
+    return rope

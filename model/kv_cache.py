@@ -1,0 +1,60 @@
+"""Page memory for keys and values, one pair of tensors per layer, allocated once.
+
+    page            0               1               2
+    slot        0 1 2 ... P-1 | P P+1 ...     |  ...          slot = page * page_size + offset
+    key memory  one row of (key-value heads, head_dim) per slot
+
+Consecutive pages are consecutive rows, so a run of pages is one view and nothing is copied to read it.
+Which sequence owns which page is the engine's business.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.config import MixtralConfig
+from model.shard import Shard
+
+
+class KVCache:
+    """N: slots.  G: this rank's key-value heads.  C: head_dim."""
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        shard: Shard,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        # Zeros, not empty: memory that is touched now cannot turn out to be missing in the middle of a request.
+        memory = torch.zeros(
+            config.num_hidden_layers,
+            2,
+            num_pages * page_size,
+            config.local_kv_heads(shard),
+            config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._layers = tuple((layer[0], layer[1]) for layer in memory)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The whole memory of one layer: keys and values, each (N, G, C)."""
+        return self._layers[layer]
+
+    def write(self, layer: int, slot_T: Tensor, key_TGC: Tensor, value_TGC: Tensor) -> None:
+        key_NGC, value_NGC = self._layers[layer]
+        key_NGC.index_copy_(0, slot_T, key_TGC)
+        value_NGC.index_copy_(0, slot_T, value_TGC)
+
+    @staticmethod
+    def bytes_per_page(config: MixtralConfig, shard: Shard, page_size: int, dtype: torch.dtype) -> int:
+        """Over all layers, keys and values."""
+        heads = config.local_kv_heads(shard)
+        return 2 * config.num_hidden_layers * page_size * heads * config.head_dim * dtype.itemsize

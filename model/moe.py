@@ -1,0 +1,51 @@
+"""The router and the experts of one block. Which rank computes which row is the exchange's business.
+
+S: tokens of this rank's share.  N: rows that arrived for this rank's slots.  D: model width.  E: experts.
+K: experts per token.  F: ffn width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.weights import ExpertWeights
+
+
+def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Each token's K experts and their float32 weights, the best first.
+
+    A softmax over the chosen logits is the softmax over all of them, renormalised.
+    """
+    logits_SE = functional.linear(x_SD, router_ED).float()
+    chosen_SK, expert_SK = torch.topk(logits_SE, experts_per_token, dim=-1)
+    return expert_SK, torch.softmax(chosen_SK, dim=-1)
+
+
+def run_experts(x_ND: Tensor, rows: Sequence[int], experts: Sequence[ExpertWeights]) -> Tensor:
+    """Each slot's expert on its own rows; rows lie slot after slot."""
+    parts = [
+        expert.down(expert.gate(x_nD, "swish").mul_(expert.up(x_nD)))
+        for x_nD, expert in zip(torch.split(x_ND, list(rows)), experts, strict=True)
+        if len(x_nD)
+    ]
+    match parts:
+        case []:
+            return x_ND
+        case [only]:
+            return only
+        case _:
+            return torch.cat(parts)
+
+
+def reference_experts(x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor, experts: Sequence[ExpertWeights]) -> Tensor:
+    """What dispatch, run_experts and combine must add up to: the definition, one expert after another."""
+    y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
+    for number, expert in enumerate(experts):
+        token, k = torch.where(expert_SK == number)
+        hidden_nF = functional.silu(x_SD[token] @ expert.gate.weight_OI.T) * (x_SD[token] @ expert.up.weight_OI.T)
+        y_SD.index_add_(0, token, (hidden_nF @ expert.down.weight_OI.T) * weight_SK[token, k, None])
+    return y_SD.to(x_SD.dtype)

@@ -1,0 +1,39 @@
+"""One rank's tensors, ready to multiply. checkpoint.py makes them; the blocks read their own sizes from them.
+
+D: model width.  V: this rank's rows of the vocabulary.  E: all experts.  F: ffn width.  H, G: this rank's query and
+key-value heads.  C: head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.layers import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    gate: Linear  # (F, D), through the activation
+    up: Linear  # (F, D)
+    down: Linear  # (D, F)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    attention_norm_D: Tensor
+    qkv: Linear  # ((H + 2G) * C, D): query heads, key heads, value heads
+    output: Linear  # (D, H * C)
+    moe_norm_D: Tensor
+    router_ED: Tensor
+    experts: tuple[ExpertWeights, ...]  # one for each local slot
+
+
+@dataclass(frozen=True, slots=True)
+class MixtralWeights:
+    first_token: int  # the token id of row 0 of this rank's part of the vocabulary
+    embedding_VD: Tensor
+    blocks: tuple[BlockWeights, ...]
+    norm_D: Tensor
+    head: Linear  # (V, D)
