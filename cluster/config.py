@@ -17,13 +17,14 @@ ExchangeChoice = Literal["auto", "all_to_all", "all_reduce"]
 class ParallelConfig:
     tensor: int = 1
     exchange: ExchangeChoice = "auto"
+    cpus_per_rank: float = 0.0  # what each rank asks of Ray
     threads_per_rank: int = 1  # torch threads; the worker sets them, OMP_NUM_THREADS is never believed
 
 
 @dataclass(frozen=True, slots=True)
 class KVConfig:
     page_size: int = 16
-    memory: int | None = None  # bytes over all ranks of one tensor group's rank; None: measured after loading
+    memory: int | None = None  # bytes on each rank; None: a share of what is free after loading
     prefix_caching: bool = True
 
 

@@ -120,6 +120,19 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a rank knows of itself once its weights are loaded. Filled by Worker.load()."""
+
+    pid: int
+    node: str
+    device: str
+    weight_bytes: int
+    load_seconds: float
+    bytes_per_page: int
+    free_bytes: int  # for pages: of the device, after the weights
+
+
+@dataclass(frozen=True, slots=True)
 class RankStatus:
     """One row of /health. Filled by the worker group."""
 

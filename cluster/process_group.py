@@ -6,7 +6,7 @@ without a trace of the first. The prefix keeps the groups of successive epochs a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -22,7 +22,10 @@ class Rendezvous:
     port: int
     size: int
     epoch: int = 0
-    timeout_s: float = 60.0  # of every collective: longer than any step, shorter than a patient user
+    timeout_s: float = 60.0  # of every collective: longer than any step, shorter than a user's patience
+
+    def at(self, port: int) -> Rendezvous:
+        return replace(self, port=port)
 
 
 class Store(Protocol):
@@ -47,10 +50,15 @@ class Group(Protocol):
     def alltoall_base(self, output: Tensor, input: Tensor, receive: list[int], send: list[int]) -> Work: ...
 
 
-def open_store(host: str, size: int, timeout_s: float) -> Store:
-    """The store at which a group meets; the caller keeps it while the group lives."""
+def open_store(rendezvous: Rendezvous) -> Store:
+    """The store at which a group meets; whoever opens it keeps it while the group lives. Port 0: any free one."""
     store: Store = dist.TCPStore(
-        host, 0, world_size=size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        rendezvous.host,
+        rendezvous.port,
+        world_size=rendezvous.size,
+        is_master=True,
+        timeout=timedelta(seconds=rendezvous.timeout_s),
+        wait_for_workers=False,
     )
     return store
 

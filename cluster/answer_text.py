@@ -1,0 +1,45 @@
+"""From token ids to the text a caller may see: whole characters, and nothing of a stop string.
+
+Text that might be the beginning of a stop string is held back until the next token decides:
+
+    stop "END"    tokens  "th" "e E" "N" "D"    goes out  "th" "e " "" ""  and the answer ends
+                          "th" "e E" "N" "o"              "th" "e " "" "ENo"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from model.detokenizer import IncrementalDecoder
+
+
+class AnswerText:
+    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._stop = [text for text in stop if text]
+        self._held = ""
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """The text to show now, and whether a stop string ended the answer."""
+        return self._show(self._decoder.push(token_ids), last=False)
+
+    def flush(self) -> tuple[str, bool]:
+        """The rest, when no token follows."""
+        return self._show(self._decoder.flush(), last=True)
+
+    def _show(self, text: str, *, last: bool) -> tuple[str, bool]:
+        if not self._stop:
+            return text, False
+        held = self._held + text
+        found = min((at for stop in self._stop if (at := held.find(stop)) >= 0), default=-1)
+        if found >= 0:
+            self._held = ""
+            return held[:found], True
+        keep = 0 if last else max(_overlap(held, stop) for stop in self._stop)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that is a beginning of stop, but not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,0 +1,52 @@
+"""From a resolved configuration to an engine that answers. The one place that puts the parts together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.config import EngineConfig
+from cluster.engine import Engine
+from cluster.placement import Placement, even_placement
+from cluster.worker_group import InProcessGroup, RayGroup, WorkerGroup
+from model.config import load_config
+from model.tokenizer import load_tokenizer
+
+GroupFactory = Callable[[EngineConfig, Placement, int], WorkerGroup]
+
+
+async def launch(config: EngineConfig, placement_group: Any = None) -> Engine:
+    """An engine over Ray actors, one per rank, in the given placement group. Ray must be up."""
+    engine: Engine | None = None
+    failures: list[str] = []
+
+    def on_death(reason: str) -> None:
+        failures.append(reason)
+        if engine is not None:
+            engine.fail(reason)
+
+    def group(config: EngineConfig, placement: Placement, max_model_len: int) -> WorkerGroup:
+        return RayGroup(config, placement, max_model_len, placement_group=placement_group, on_death=on_death)
+
+    engine = await _launch(config, group)
+    if failures:
+        engine.fail(failures[0])
+    return engine
+
+
+async def launch_in_process(config: EngineConfig) -> Engine:
+    """An engine whose only rank is this process. No ray."""
+    return await _launch(config, InProcessGroup)
+
+
+async def _launch(config: EngineConfig, make_group: GroupFactory) -> Engine:
+    directory = Path(config.model_path)
+    model = load_config(directory)
+    tokenizer = load_tokenizer(directory)
+    placement = even_placement(model.num_hidden_layers, model.num_local_experts, config.parallel.tensor)
+    wanted = config.max_model_len or model.max_position_embeddings
+    group = make_group(config, placement, wanted)
+    num_pages = await asyncio.to_thread(group.start)
+    return Engine(config, group, num_pages, min(wanted, num_pages * config.kv.page_size), tokenizer)

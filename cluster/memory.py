@@ -1,0 +1,40 @@
+"""How many pages of KV memory every rank gets. Arithmetic on what the ranks reported after loading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from cluster.config import EngineConfig
+from cluster.errors import EngineError
+from cluster.messages import WorkerFacts
+
+GIB = 1 << 30
+CPU_LIMIT = 4 * GIB  # of one replica on one node: a laptop has other things to do
+
+
+def page_budget(config: EngineConfig, facts: Sequence[WorkerFacts], max_model_len: int) -> int:
+    """Pages that fit on every rank, and no more than max_running sequences at full length could fill.
+
+    Raises EngineError when not even one sequence of a max_model_len the operator asked for fits.
+    """
+    size = config.kv.page_size
+    ranks_on = Counter(fact.node for fact in facts)
+    fits = min(_bytes_for_pages(config, fact, ranks_on[fact.node]) // fact.bytes_per_page for fact in facts)
+    per_sequence = -(-max_model_len // size)
+    needed = per_sequence if config.max_model_len is not None else 1
+    if fits < needed:
+        page = max(fact.bytes_per_page for fact in facts)
+        raise EngineError(
+            f"KV memory holds {fits * size} tokens but a sequence of {needed * size} tokens must fit: each rank lacks "
+            f"{(needed - fits) * page} bytes; lower max_model_len or raise kv_cache.memory"
+        )
+    return min(fits, config.scheduler.max_running * per_sequence)
+
+
+def _bytes_for_pages(config: EngineConfig, fact: WorkerFacts, ranks_on_node: int) -> int:
+    if config.kv.memory is not None:
+        return config.kv.memory
+    if config.device == "cuda":
+        return fact.free_bytes * 9 // 10
+    return min(CPU_LIMIT, fact.free_bytes // 4) // ranks_on_node

@@ -1,0 +1,52 @@
+"""What runs in each rank's process: a worker, and beside it a thread of control that never waits for the worker.
+
+Plain Python: cluster/worker_group.py makes a Ray actor of it. `load`, `join` and `step` run one at a time;
+`watch` and `end` belong to the concurrency group "control".
+"""
+
+from __future__ import annotations
+
+import threading
+
+from cluster.config import EngineConfig
+from cluster.messages import StepPlan, StepResult, WorkerFacts
+from cluster.placement import Placement
+from cluster.process_group import Rendezvous, Store, join_gloo, open_store
+from cluster.transport.gloo import GlooComm
+from cluster.worker import Worker
+from model.comm import SoloComm
+
+
+class RankActor:
+    def __init__(self, rank: int, config: EngineConfig, placement: Placement) -> None:
+        self._rank = rank
+        self._worker = Worker(rank, config, placement)
+        self._ended = threading.Event()
+        self._store: Store | None = None
+
+    def load(self) -> WorkerFacts:
+        return self._worker.load()
+
+    def open_store(self, own_address: str, size: int, epoch: int) -> Rendezvous:
+        """Rank 0 only: a meeting point for the group."""
+        rendezvous = Rendezvous(own_address, 0, size, epoch)
+        self._store = open_store(rendezvous)
+        return rendezvous.at(self._store.port)
+
+    def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int) -> None:
+        """Take a place in the group; None: there is nobody else."""
+        if rendezvous is None:
+            self._worker.join(SoloComm(), num_pages)
+        else:
+            group = join_gloo(rendezvous, self._rank, own_address, self._store)
+            self._worker.join(GlooComm(group), num_pages)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        return self._worker.step(plan)
+
+    def watch(self) -> None:
+        """Returns once the actor is told to end. If it fails instead, the process has died."""
+        self._ended.wait()
+
+    def end(self) -> None:
+        self._ended.set()
