@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.kv_pool import PagePool
+
+
+def pool(num_pages: int = 8, page_size: int = 4, prefix_caching: bool = True) -> PagePool:
+    return PagePool(num_pages, page_size, prefix_caching=prefix_caching, key=b"k")
+
+
+def fill(pages: PagePool, token_ids: list[int]) -> list[int]:
+    """Hold pages for token_ids as a sequence would that computes them all."""
+    held, digests = pages.find_prefix(token_ids)
+    held = held + pages.allocate(pages.pages_for(len(token_ids)) - len(held))
+    for index in range(len(digests), len(token_ids) // pages.page_size):
+        chunk = token_ids[index * pages.page_size : (index + 1) * pages.page_size]
+        digests.append(pages.next_digest(digests[-1] if digests else b"", chunk))
+        pages.remember(held[index], digests[-1])
+    return held
+
+
+def test_allocate_continues_the_run() -> None:
+    pages = pool()
+    first = pages.allocate(2)
+    other = pages.allocate(1, after=4)
+    assert first == [0, 1]
+    assert other == [5]
+    assert pages.allocate(2, after=1) == [2, 3]
+    pages.check_integrity()
+
+
+def test_a_prefix_is_found_again_and_leaves_one_token_to_compute() -> None:
+    pages = pool()
+    prompt = list(range(8))
+    held = fill(pages, prompt)
+    pages.release(held)
+    assert pages.num_held == 0
+    assert pages.find_prefix(prompt)[0] == held[:1]  # both pages match, but a token must be computed
+    assert pages.find_prefix([*prompt, 9])[0] == held
+    assert pages.find_prefix([7, *prompt])[0] == []  # same tokens elsewhere are another prefix
+    pages.check_integrity()
+
+
+def test_prefix_caching_off_finds_nothing() -> None:
+    pages = pool(prefix_caching=False)
+    pages.release(fill(pages, list(range(8))))
+    assert pages.find_prefix(list(range(9)))[0] == []
+    pages.check_integrity()
+
+
+def test_eviction_takes_the_least_recently_used_and_the_tail_before_its_head() -> None:
+    pages = pool(num_pages=4)
+    old = fill(pages, [1] * 8)
+    new = fill(pages, [2] * 8)
+    pages.release(old)
+    pages.release(new)
+    pages.allocate(1)
+    assert pages.find_prefix([1] * 9)[0] == old[:1]
+    assert pages.find_prefix([2] * 9)[0] == new
+    pages.check_integrity()
+
+
+def test_keys_differ_between_engines() -> None:
+    one = PagePool(1, 4, prefix_caching=True, key=b"one")
+    two = PagePool(1, 4, prefix_caching=True, key=b"two")
+    assert one.next_digest(b"", [1, 2]) != two.next_digest(b"", [1, 2])
+    assert len(one.next_digest(b"", [1])) == 16
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 14)), max_size=40))
+def test_random_holders_keep_every_page_in_one_state(operations: list[tuple[int, int, int]]) -> None:
+    pages = pool(num_pages=12)
+    holders: dict[int, list[int]] = {}
+    for holder, token, length in operations:
+        if holder in holders:
+            pages.release(holders.pop(holder))
+        elif pages.pages_for(length) <= pages.num_available:
+            holders[holder] = fill(pages, [token] * length)
+        pages.check_integrity()
+    for held in holders.values():
+        pages.release(held)
+    assert pages.num_held == 0
