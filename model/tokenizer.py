@@ -1,0 +1,136 @@
+"""Text and conversations to token ids and back, for one checkpoint.
+
+    directory ──tokenizer_files──▶ what the JSON files say ─┐
+              ──text_encoders────▶ text -> ids, the table ──┼──▶ Tokenizer
+              ──chat_template────▶ messages -> text ────────┘        └──detokenizer──▶ ids -> text
+
+A chat prompt is the template's text, where special tokens are found ("<s>" becomes one id); inside what users send
+they are plain text, so nobody ends a turn or opens another by writing one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from model.chat_template import ChatTemplate
+from model.detokenizer import IncrementalDecoder, Vocabulary, decode_utf8
+from model.errors import TokenizerError
+from model.text_encoders import SHIELD, SentencePieceEncoder, TextEncoder, TokenizersEncoder
+from model.tokenizer_files import TokenizerFiles
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """From tokenizer.json if there is one, else from tokenizer.model, else from the newest tokenizer.model.v*."""
+    files = TokenizerFiles.read(directory)
+    if (directory / "tokenizer.json").is_file():
+        return Tokenizer(TokenizersEncoder(directory / "tokenizer.json", files), files)
+    models = [directory / "tokenizer.model", *sorted(directory.glob("tokenizer.model.v*"), reverse=True)]
+    for model in models:
+        if model.is_file():
+            return Tokenizer(SentencePieceEncoder(model, files), files)
+    raise TokenizerError(
+        f"{directory} has no tokenizer.json, tokenizer.model or tokenizer.model.v*: copy one from the checkpoint"
+    )
+
+
+class Tokenizer:
+    """All that the server knows about a checkpoint's tokens. Immutable; safe to share between threads."""
+
+    def __init__(self, encoder: TextEncoder, files: TokenizerFiles) -> None:
+        self._encoder = encoder
+        self._vocabulary: Vocabulary = encoder.vocabulary
+        named = encoder.named | files.named
+        self.bos_id = encoder.id_of(named["bos_token"]) if "bos_token" in named else None
+        eos_id = encoder.id_of(named["eos_token"]) if "eos_token" in named else None
+        # What generation may end with: the checkpoint's ids and the tokenizer's own, which fine-tunes often differ in.
+        self.eos_ids = tuple(dict.fromkeys([*files.eos_ids, *([] if eos_id is None else [eos_id])]))
+        before, after = encoder.added_by_default
+        if files.add_bos is not None:
+            before = [self.bos_id] if files.add_bos and self.bos_id is not None else []
+        if files.add_eos is not None:
+            after = [eos_id] if files.add_eos and eos_id is not None else []
+        self._before, self._after = before, after
+        self._templates = {name: ChatTemplate(source, named) for name, source in files.templates.items()}
+        names = [self.token_text(i) for i in sorted(self._vocabulary.special)]
+        self._special = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True) if n) or "(?!)")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this. The model's own vocabulary may be padded beyond it."""
+        return len(self._vocabulary)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, in which special tokens are found; between BOS and EOS where the checkpoint adds them."""
+        ids = self._encoder.encode(_checked(text))
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        decoder = self.incremental(skip_special_tokens=skip_special_tokens)
+        return decoder.push(ids) + decoder.flush()
+
+    def incremental(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> IncrementalDecoder:
+        """Decodes what follows a prompt; without one, a text of its own, without its first word's leading space.
+
+        A completion continues its prompt's text: give the prompt ("The capital is" + " Paris"). An assistant's
+        message is a text of its own, and its first word's space belongs to the tokenizer, not to the message: give
+        none, and "Paris" comes without it, as transformers decodes generated ids and as it must read when the
+        message is sent back as history.
+        """
+        return IncrementalDecoder(self._vocabulary, prompt_ids, skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text; of a special token, its name; nothing of an id the tokenizer does not have."""
+        return self._vocabulary.bytes_of((token_id,), skip_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """token_bytes as text, U+FFFD for a part of a character."""
+        return decode_utf8(self.token_bytes(token_id), self._vocabulary.replaces_each_byte, final=True)[0]
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """The prompt of a conversation. BOS is there if the template writes it."""
+        template = self._template(with_tools=bool(tools))
+        text = template.render(
+            self._shield(messages),
+            add_generation_prompt=add_generation_prompt,
+            tools=self._shield(tools),
+            **self._shield(template_arguments),
+        )
+        return self._encoder.encode(_checked(text), shielded=SHIELD in text)
+
+    def _template(self, with_tools: bool) -> ChatTemplate:
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" not in self._templates:
+            raise TokenizerError("this model has no chat template: use /v1/completions, or add chat_template.jinja")
+        return self._templates["default"]
+
+    def _shield(self, value: Any) -> Any:
+        """The value with SHIELD inside every special token that a user wrote, however deep."""
+        match value:
+            case str():
+                return self._special.sub(lambda match: match[0][0] + SHIELD + match[0][1:], value)
+            case Mapping():
+                return {self._shield(key): self._shield(item) for key, item in value.items()}
+            case list() | tuple():
+                return [self._shield(item) for item in value]
+        return value
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text has half a surrogate pair at character {error.start}: send whole characters"
+        ) from error
+    return text
