@@ -156,3 +156,4 @@ class EngineStats:
     prompt_tokens: int  # computed, not cached
     generated_tokens: int
     preemptions: int
+    recoveries: int = 0  # times the ranks were formed anew after a death

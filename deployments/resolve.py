@@ -1,0 +1,202 @@
+"""From what an operator wrote to what runs: every auto decided once, from the checkpoint and the machine.
+
+    Settings ──resolve(machine)──▶ Resolved: settings without autos, the engine's part of them, and the reasons
+
+An impossible layout is refused here, before any weight is read. Knows no ray: who knows the cluster says
+what the machine has.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Device, Dtype, EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
+from deployments.settings import Settings, SettingsError
+from model.config import MixtralConfig, load_config
+from model.errors import ModelError
+from model.shard import Shard
+
+DEMO = "demo"
+DEMO_NAME = "mixtral-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is to run on: of the one machine, or of the cluster."""
+
+    cores: int  # of one node
+    gpus: int  # in all
+    may_grow: bool = False  # nodes may join later, so too few now is no reason to refuse
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a replica is made from. Pickled into the Serve application; holds no secret."""
+
+    settings: Settings
+    engine: EngineConfig
+    reasons: Mapping[str, str] = field(default_factory=dict)  # path of a field that was decided here -> why
+
+    @property
+    def model_names(self) -> list[str]:
+        names = self.settings.served_model_name
+        assert isinstance(names, list)
+        return names
+
+    def config(self) -> dict[str, Any]:
+        """What /health shows. Where keys are kept is nobody's business."""
+        return self.settings.model_dump(exclude={"auth"}) | {"threads_per_rank": self.engine.parallel.threads_per_rank}
+
+    def table(self) -> str:
+        rows = [(path, _yaml(value), self.reasons.get(path, "")) for path, value in _flat(self.config())]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(
+            f"  {path:<{widths[0]}}  {value:<{widths[1]}}  {why}".rstrip() for path, value, why in sorted(rows)
+        )
+
+
+def resolve(settings: Settings, machine: Machine) -> Resolved:
+    directory = _directory(settings.model)
+    try:
+        checkpoint = load_config(directory)
+        checkpoint.head_slices(Shard(tensor_size=settings.parallel.tensor))
+    except ModelError as error:
+        raise SettingsError(f"model: {error}.") from None
+    reasons: dict[str, str] = {}
+    device = _device(settings, machine, reasons)
+    dtype = _dtype(settings, checkpoint, device, reasons)
+    cpus_per_rank, threads = _cpus(settings, machine, device, reasons)
+    _check_length(settings, checkpoint)
+    settings = settings.model_copy(
+        update={
+            "model": str(directory),
+            "served_model_name": _names(settings, directory),
+            "device": device,
+            "dtype": dtype,
+            "task": "generate",
+            "parallel": settings.parallel.model_copy(
+                update={"expert": settings.parallel.tensor, "cpus_per_rank": cpus_per_rank}
+            ),
+        }
+    )
+    return Resolved(settings, _engine_config(settings, device, dtype, cpus_per_rank, threads), reasons)
+
+
+def _engine_config(
+    settings: Settings, device: Device, dtype: Dtype, cpus_per_rank: float, threads: int
+) -> EngineConfig:
+    cache, scheduler = settings.kv_cache, settings.scheduler
+    return EngineConfig(
+        model_path=settings.model,
+        device=device,
+        dtype=dtype,
+        max_model_len=settings.max_model_len,
+        parallel=ParallelConfig(
+            tensor=settings.parallel.tensor,
+            exchange=settings.parallel.exchange,
+            threads_per_rank=threads,
+            cpus_per_rank=cpus_per_rank,
+        ),
+        kv=KVConfig(cache.page_size, cache.memory, cache.prefix_caching),
+        scheduler=SchedulerConfig(scheduler.max_running, scheduler.max_step_tokens, scheduler.max_waiting),
+    )
+
+
+def _directory(model: str) -> Path:
+    if model == DEMO:
+        return Path(str(importlib.resources.files("model"))) / "demo"
+    directory = Path(model).expanduser().absolute()
+    if not directory.is_dir():
+        raise SettingsError(
+            f"model: {model} is not a directory here; give the path of a checkpoint directory "
+            f"(nothing is downloaded), or {DEMO}."
+        )
+    return directory
+
+
+def _names(settings: Settings, directory: Path) -> list[str]:
+    names = settings.served_model_name
+    if names is None:
+        return [DEMO_NAME if settings.model == DEMO else directory.name]
+    names = [names] if isinstance(names, str) else names
+    if not names or not all(name.strip() for name in names) or len(set(names)) < len(names):
+        raise SettingsError(f"served_model_name: give at least one name, none empty and none twice, not {names}.")
+    return names
+
+
+def _device(settings: Settings, machine: Machine, reasons: dict[str, str]) -> Device:
+    if settings.device == "cpu":
+        return "cpu"
+    if settings.device == "auto":
+        reasons["device"] = f"auto: {machine.gpus} GPUs here"
+        if machine.gpus == 0:
+            return "cpu"
+    wanted = settings.parallel.tensor
+    if machine.gpus < wanted and not machine.may_grow:
+        raise SettingsError(
+            f"parallel.tensor: {wanted} ranks need a GPU each and there are {machine.gpus}; "
+            "lower it, or set device: cpu."
+        )
+    return "cuda"
+
+
+def _dtype(settings: Settings, checkpoint: MixtralConfig, device: Device, reasons: dict[str, str]) -> Dtype:
+    if settings.dtype != "auto":
+        if device == "cpu" and settings.dtype == "float16":
+            raise SettingsError("dtype: float16 is many times slower than bfloat16 on a CPU; use bfloat16 or float32.")
+        return settings.dtype
+    if settings.model == DEMO:
+        reasons["dtype"] = "auto: the demo model is small enough to be exact"
+        return "float32"
+    if checkpoint.dtype is None:
+        reasons["dtype"] = "auto: the checkpoint does not say"
+        return "float32" if device == "cpu" else "bfloat16"
+    if device == "cpu" and checkpoint.dtype == "float16":
+        reasons["dtype"] = "auto: the checkpoint's float16 is slow on a CPU"
+        return "bfloat16"
+    reasons["dtype"] = "auto: the checkpoint's"
+    return checkpoint.dtype
+
+
+def _cpus(settings: Settings, machine: Machine, device: Device, reasons: dict[str, str]) -> tuple[float, int]:
+    """What each rank asks of Ray, and the torch threads it runs."""
+    ranks, cpus = settings.parallel.tensor, settings.parallel.cpus_per_rank
+    if cpus is not None:
+        return cpus, max(1, int(cpus))
+    if device == "cuda":
+        reasons["parallel.cpus_per_rank"] = "default: 1 beside each GPU"
+        return 1.0, 1
+    threads = max(1, machine.cores // ranks)
+    reasons["parallel.cpus_per_rank"] = "default: 1 for the replica, divided"
+    reasons["threads_per_rank"] = f"{machine.cores} cores for {ranks} ranks"
+    return math.floor(10_000 / ranks) / 10_000, threads  # Ray counts in steps of 0.0001
+
+
+def _check_length(settings: Settings, checkpoint: MixtralConfig) -> None:
+    longest = checkpoint.max_position_embeddings
+    if settings.max_model_len is not None and settings.max_model_len > longest:
+        raise SettingsError(f"max_model_len: {settings.max_model_len} is more than the checkpoint's own, {longest}.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def _yaml(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return ", ".join(map(str, value))
+        case _:
+            return str(value)

@@ -1,0 +1,58 @@
+"""What a pydantic error says to a person: one sentence that names the field, what was given and what is allowed.
+
+Used for the configuration file and for request bodies. Knows neither.
+"""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ValidationError
+
+
+def describe(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str]:
+    """The path of the first field that is wrong, and the sentence about it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    location = _without_union_arms(first["loc"])
+    path = dotted(location)
+    if first["type"] == "extra_forbidden":
+        return path, unknown(path, str(location[-1]), field_names(kind, location[:-1]))
+    if first["type"] == "missing":
+        return path, f"{path} is required."
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    return path, f"{path}: {message}, not {reprlib.repr(first['input'])}."
+
+
+def unknown(path: str, name: str, valid: Iterable[str]) -> str:
+    """The sentence about a field that does not exist, with the nearest one that does."""
+    names = list(valid)
+    nearest = get_close_matches(name, names, n=1)
+    if nearest:
+        return f"{path} is not a field; did you mean {nearest[0]}?"
+    if 0 < len(names) <= 12:
+        return f"{path} is not a field; possible here: {', '.join(names)}."
+    return f"{path} is not a field."
+
+
+def dotted(location: Sequence[str | int]) -> str:
+    """("messages", 0, "role") -> messages[0].role"""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).removeprefix(".")
+
+
+def field_names(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """The fields of the model found by walking `path` from `kind`; none where the path leads out of plain models."""
+    for step in path:
+        field = kind.model_fields.get(str(step))
+        if field is None or not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)):
+            return []
+        kind = field.annotation
+    return list(kind.model_fields)
+
+
+def _without_union_arms(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """pydantic names the arm of a union it tried, as in ("stop", "list[str]", 0); a person never wrote that."""
+    arms = {"str", "int", "float", "bool"}
+    return tuple(step for step in location if not (isinstance(step, str) and (step in arms or "[" in step)))
