@@ -55,6 +55,18 @@ MISTRAL_SPELLING = {
     "tie_word_embeddings": "tied_embeddings",
 }
 
+MISTRAL_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "num_local_experts",
+    "vocab_size",
+)
+MISTRAL_LENGTH = 32768  # what 8x7B was trained with; its params.json does not say
+
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
@@ -63,7 +75,7 @@ class RopeParameters:
     rope_type: RopeType = "default"
     rope_theta: float = 1_000_000.0
     factor: float = 1.0
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int = 4096 * 32
     attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -115,13 +127,13 @@ class MixtralConfig:
     def from_params(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:
         """From Mistral's params.json."""
         moe = Fields(raw, source).table("moe")
-        flat = {name: value for name, value in raw.items() if name != "moe"} | moe
+        flat = {"max_seq_len": MISTRAL_LENGTH} | {name: raw[name] for name in raw if name != "moe"} | moe
         fields = Fields(flat, source, MISTRAL_SPELLING)
-        for name in ("hidden_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok"):
+        for name in MISTRAL_REQUIRED:
             if fields.raw(name) is None:
-                fields.refuse(name, "is missing, so this is no Mixtral")
-        for name in ("yarn", "llama_4_scaling", "vision_encoder", "lora", "quantization", "causal"):
-            fields.only(name, True if name == "causal" else {})
+                fields.refuse(name, "is missing, so this describes no Mixtral")
+        for name in ("llama_4_scaling", "lora", "quantization", "vision_encoder", "yarn"):
+            fields.only(name, {})
         return cls._read(fields)
 
     @classmethod
@@ -147,7 +159,7 @@ class MixtralConfig:
             fields.refuse("hidden_act", "must be silu, the only activation Mixtral was trained with")
         length = fields.integer("max_position_embeddings", 4096 * 32, high=1 << 27)
         vocab = fields.integer("vocab_size", 32000, high=1 << 24)
-        rope = read_rope(fields, length, head_dim)
+        bos = fields.optional_integer("bos_token_id", low=0, high=vocab - 1)
         return cls(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -160,12 +172,10 @@ class MixtralConfig:
             num_experts_per_tok=per_token,
             max_position_embeddings=length,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-5),
-            rope_parameters=rope,
+            rope_parameters=read_rope(fields, length, head_dim),
             sliding_window=fields.optional_integer("sliding_window", high=1 << 27),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-            bos_token_id=1
-            if fields.absent("bos_token_id")
-            else fields.optional_integer("bos_token_id", low=0, high=vocab - 1),
+            bos_token_id=1 if fields.absent("bos_token_id") else bos,
             eos_token_id=fields.integers("eos_token_id", (2,), high=vocab - 1),
             dtype=read_dtype(fields),
             without_effect=fields.present(WITHOUT_EFFECT),
@@ -211,14 +221,14 @@ def read_dtype(fields: Fields) -> DtypeName | None:
 def read_rope(outer: Fields, max_position_embeddings: int, head_dim: int) -> RopeParameters:
     """rope_theta beside rope_scaling (before transformers 5), or all of it in rope_parameters."""
     scaling, parameters = outer.table("rope_scaling"), outer.table("rope_parameters")
-    theta = outer.number("rope_theta", 1_000_000.0)
+    theta = outer.number("rope_theta", 1_000_000.0, above=1.0)
     original = outer.optional_integer("original_max_position_embeddings", high=1 << 27)
     outer.only("partial_rotary_factor", 1.0)
     fields = outer.nested("rope_scaling" if scaling else "rope_parameters", scaling or parameters)
     kind = fields.choice("rope_type", None, ROPE_TYPES) or fields.choice("type", "default", ROPE_TYPES)
     fields.raw("type")
     fields.only("partial_rotary_factor", 1.0)
-    theta = fields.number("rope_theta", theta)
+    theta = fields.number("rope_theta", theta, above=1.0)
     original = fields.optional_integer("original_max_position_embeddings", high=1 << 27) or original
     original = original or max_position_embeddings
     rope = RopeParameters(cast(RopeType, kind), theta, original_max_position_embeddings=original)
@@ -245,6 +255,8 @@ def read_rope(outer: Fields, max_position_embeddings: int, head_dim: int) -> Rop
                 low_freq_factor=fields.number("low_freq_factor", None),
                 high_freq_factor=fields.number("high_freq_factor", None),
             )
+            if rope.high_freq_factor <= rope.low_freq_factor:
+                fields.refuse("high_freq_factor", f"must be above low_freq_factor, {rope.low_freq_factor:g}")
         case "longrope":
             rope = replace(
                 rope,

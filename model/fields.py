@@ -7,14 +7,14 @@ the reader can say which fields it does not know.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model.errors import ConfigError
+from model.errors import ConfigError, ModelError
 
 MAX_JSON_BYTES = 4 << 20
+LARGEST = 1e30  # JSON as Python reads it also writes NaN, Infinity and integers of a thousand digits
 
 
 class Fields:
@@ -49,7 +49,7 @@ class Fields:
             return None
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             self.refuse(name, f"must be a whole number from {low} to {high}, not {shown(value)}")
         return value
 
@@ -59,9 +59,7 @@ class Fields:
         if value is None:
             return default
         listed = value if isinstance(value, list) else [value]
-        if len(listed) > 64 or not all(
-            isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= high for x in listed
-        ):
+        if len(listed) > 64 or not all(type(x) is int and 0 <= x <= high for x in listed):
             self.refuse(name, f"must be a token id or a short list of them, each from 0 to {high}, not {shown(value)}")
         return tuple(listed)
 
@@ -77,7 +75,7 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= above:
+        if not is_number(value) or not above < value < LARGEST:
             self.refuse(name, f"must be a number above {above:g}, not {shown(value)}")
         return float(value)
 
@@ -85,9 +83,7 @@ class Fields:
         value = self.raw(name)
         if not isinstance(value, list) or len(value) != length:
             self.refuse(name, f"must be a list of {length} numbers, not {shown(value)}")
-        if not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0 for x in value
-        ):
+        if not all(is_number(x) and 0 < x < LARGEST for x in value):
             self.refuse(name, "must hold numbers above 0")
         return tuple(float(x) for x in value)
 
@@ -139,24 +135,30 @@ class Fields:
         raise ConfigError(f"{self._source}: {self._spelling.get(name, name)} {why}")
 
 
+def is_number(value: object) -> bool:
+    return type(value) in (int, float)  # exactly: JSON's true is no 1
+
+
 def shown(value: object) -> str:
     """A value in an error message: as JSON writes it, and short whatever the file held."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path, error_type: type[ModelError] = ConfigError, *, max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise error_type(f"{path} cannot be read: {error.strerror}") from error
     if len(data) > max_bytes:
-        raise ConfigError(f"{path} is larger than {max_bytes} bytes, which no such file needs")
+        raise error_type(f"{path} is larger than {max_bytes} bytes, which no such file needs")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise error_type(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
+        raise error_type(f"{path} must hold a JSON object")
     return value

@@ -1,0 +1,174 @@
+"""How checkpoints spell Mixtral: the names, the shapes, and where in a file's tensor a matrix of ours begins.
+
+    separate   one tensor per expert and matrix                    Hugging Face, Mistral
+    fused      gate_up [E, 2F, D]  down [E, D, F]                  Hugging Face, in memory and in some files
+    stacked    w1 [E*F, D]  w3 [E*F, D]  w2 [E*F, D], turned       Mistral's first release
+
+Every matrix is a run of rows of its file's tensor, once leading dimensions are folded into rows.
+
+D: model width.  E: experts.  F: ffn width.  C: head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from model.config import MixtralConfig
+from model.errors import CheckpointError
+from model.tensor_files import TensorInfo, shortened
+
+TopPart = Literal["embedding", "norm", "head"]
+BlockPart = Literal["attention_norm", "q", "k", "v", "o", "moe_norm", "router"]
+ExpertPart = Literal["gate", "up", "down"]
+Part = TopPart | BlockPart | ExpertPart
+
+BLOCK_PARTS: tuple[BlockPart, ...] = ("attention_norm", "q", "k", "v", "o", "moe_norm", "router")
+EXPERT_PARTS: tuple[ExpertPart, ...] = ("gate", "up", "down")
+
+
+class Matrix(NamedTuple):
+    """One matrix (or vector) of the model."""
+
+    part: Part
+    layer: int = 0
+    expert: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    names: Mapping[Part, str]
+    experts: Literal["separate", "fused", "stacked"]
+    interleaved: bool  # rotary pairs lie beside each other (Mistral) and not half a head apart (Hugging Face)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a matrix lies."""
+
+    name: str
+    tensor_shape: tuple[int, ...]  # of the file's tensor
+    shape: tuple[int, int]  # of the matrix as the file has it; a vector is one row
+    first_row: int = 0
+    turned: bool = False  # the file has the transpose of what the model multiplies with
+
+
+HF_NAMES: dict[Part, str] = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "attention_norm": "model.layers.{layer}.input_layernorm.weight",
+    "q": "model.layers.{layer}.self_attn.q_proj.weight",
+    "k": "model.layers.{layer}.self_attn.k_proj.weight",
+    "v": "model.layers.{layer}.self_attn.v_proj.weight",
+    "o": "model.layers.{layer}.self_attn.o_proj.weight",
+    "moe_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "router": "model.layers.{layer}.block_sparse_moe.gate.weight",
+    "gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+    "up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+    "down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+}
+HF_FUSED_NAMES: dict[Part, str] = HF_NAMES | {
+    "router": "model.layers.{layer}.mlp.gate.weight",
+    "gate": "model.layers.{layer}.mlp.experts.gate_up_proj",
+    "up": "model.layers.{layer}.mlp.experts.gate_up_proj",
+    "down": "model.layers.{layer}.mlp.experts.down_proj",
+}
+MISTRAL_NAMES: dict[Part, str] = {
+    "embedding": "tok_embeddings.weight",
+    "norm": "norm.weight",
+    "head": "output.weight",
+    "attention_norm": "layers.{layer}.attention_norm.weight",
+    "q": "layers.{layer}.attention.wq.weight",
+    "k": "layers.{layer}.attention.wk.weight",
+    "v": "layers.{layer}.attention.wv.weight",
+    "o": "layers.{layer}.attention.wo.weight",
+    "moe_norm": "layers.{layer}.ffn_norm.weight",
+    "router": "layers.{layer}.feed_forward.gate.weight",
+    "gate": "layers.{layer}.feed_forward.experts.{expert}.w1.weight",
+    "up": "layers.{layer}.feed_forward.experts.{expert}.w3.weight",
+    "down": "layers.{layer}.feed_forward.experts.{expert}.w2.weight",
+}
+MISTRAL_STACKED_NAMES: dict[Part, str] = MISTRAL_NAMES | {
+    "router": "layers.{layer}.block_sparse_moe.gate.weight",
+    "gate": "layers.{layer}.block_sparse_moe.w1",
+    "up": "layers.{layer}.block_sparse_moe.w3",
+    "down": "layers.{layer}.block_sparse_moe.w2",
+}
+DIALECTS = (
+    Dialect(HF_NAMES, "separate", interleaved=False),
+    Dialect(HF_FUSED_NAMES, "fused", interleaved=False),
+    Dialect(MISTRAL_NAMES, "separate", interleaved=True),
+    Dialect(MISTRAL_STACKED_NAMES, "stacked", interleaved=True),
+)
+
+
+def find_dialect(infos: Mapping[str, TensorInfo], source: str) -> Dialect:
+    """The dialect whose first expert is there."""
+    for dialect in DIALECTS:
+        if dialect.names["gate"].format(layer=0, expert=0) in infos:
+            return dialect
+    wanted = " or ".join(dialect.names["gate"].format(layer=0, expert=0) for dialect in DIALECTS)
+    raise CheckpointError(f"{source}: no Mixtral weights; looked for {wanted}")
+
+
+def all_matrices(config: MixtralConfig) -> Iterator[Matrix]:
+    yield Matrix("embedding")
+    yield Matrix("norm")
+    if not config.tie_word_embeddings:
+        yield Matrix("head")
+    for layer in range(config.num_hidden_layers):
+        for part in BLOCK_PARTS:
+            yield Matrix(part, layer)
+        for expert in range(config.num_local_experts):
+            for expert_part in EXPERT_PARTS:
+                yield Matrix(expert_part, layer, expert)
+
+
+def locate(dialect: Dialect, config: MixtralConfig, matrix: Matrix) -> Stored:
+    D, F, E, C = config.hidden_size, config.intermediate_size, config.num_local_experts, config.head_dim
+    name = dialect.names[matrix.part].format(layer=matrix.layer, expert=matrix.expert)
+    fused, stacked = dialect.experts == "fused", dialect.experts == "stacked"
+    match matrix.part:
+        case "embedding" | "head":
+            shape = (config.vocab_size, D)
+        case "norm" | "attention_norm" | "moe_norm":
+            return Stored(name, (D,), (1, D))
+        case "q":
+            shape = (config.num_attention_heads * C, D)
+        case "k" | "v":
+            shape = (config.num_key_value_heads * C, D)
+        case "o":
+            shape = (D, config.num_attention_heads * C)
+        case "router":
+            shape = (E, D)
+        case "gate" | "up" if fused:
+            return Stored(name, (E, 2 * F, D), (F, D), (2 * matrix.expert + (matrix.part == "up")) * F)
+        case "down" if fused:
+            return Stored(name, (E, D, F), (D, F), matrix.expert * D)
+        case "gate" | "up" | "down" if stacked:
+            return Stored(name, (E * F, D), (F, D), matrix.expert * F, turned=matrix.part == "down")
+        case "gate" | "up":
+            shape = (F, D)
+        case "down":
+            shape = (D, F)
+    return Stored(name, shape, shape)
+
+
+def check_tensors(dialect: Dialect, config: MixtralConfig, infos: Mapping[str, TensorInfo], source: str) -> None:
+    """Every tensor of the model is there in its shape, and nothing else is."""
+    expected = {}
+    for matrix in all_matrices(config):
+        stored = locate(dialect, config, matrix)
+        expected[stored.name] = stored.tensor_shape
+    missing = [name for name in expected if name not in infos]
+    if missing:
+        raise CheckpointError(f"{source}: {missing[0]} is missing, and {len(missing) - 1} more of {len(expected)}")
+    for name, info in infos.items():
+        if name not in expected:
+            if name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == dialect.names["head"]):
+                continue  # old files carry what can be computed; a tied head is the embedding, as transformers has it
+            raise CheckpointError(f"{info.file}: {shortened(name)} is no part of the Mixtral its config describes")
+        if info.shape != expected[name]:
+            raise CheckpointError(f"{info.file}: {name} has shape {info.shape}; its config promises {expected[name]}")
