@@ -8,6 +8,7 @@ mean on a given machine (autos, layout, checkpoint) is resolve.py's business.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -161,3 +162,8 @@ def _refuse_what_is_not_there_yet(settings: Settings) -> None:
         if value not in possible:
             choices = " or ".join("null" if choice is None else str(choice) for choice in possible)
             raise SettingsError(f"{path}: {value} is not possible in this version; use {choices}.")
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment; read nowhere else, so that nothing below settings depends on it."""
+    return os.environ
