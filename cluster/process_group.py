@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch.distributed as dist
-from torch import Tensor
+
+from cluster.transport.gloo import GlooComm
+from cluster.transport.shared_memory import Layout, SharedMemoryComm, create_file
+from model.comm import Comm
+
+Transport = Literal["shared_memory", "gloo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,7 @@ class Rendezvous:
     port: int
     size: int
     epoch: int = 0
+    transport: Transport = "gloo"
     timeout_s: float = 60.0  # of every collective: longer than any step, shorter than a user's patience
 
     def at(self, port: int) -> Rendezvous:
@@ -33,21 +39,6 @@ class Store(Protocol):
 
     @property
     def port(self) -> int: ...
-
-
-class Work(Protocol):
-    def wait(self) -> bool: ...
-
-
-class Group(Protocol):
-    """A torch.distributed backend, as far as the transports use it."""
-
-    def rank(self) -> int: ...
-    def size(self) -> int: ...
-    def abort(self) -> None: ...
-    def allreduce(self, tensors: list[Tensor]) -> Work: ...
-    def broadcast(self, tensors: list[Tensor], options: object) -> Work: ...
-    def alltoall_base(self, output: Tensor, input: Tensor, receive: list[int], send: list[int]) -> Work: ...
 
 
 def open_store(rendezvous: Rendezvous) -> Store:
@@ -63,19 +54,23 @@ def open_store(rendezvous: Rendezvous) -> Store:
     return store
 
 
-def join_gloo(
-    rendezvous: Rendezvous, rank: int, own_address: str, store: dist.Store | None = None
-) -> dist.ProcessGroup:
-    """This rank's end of a gloo group; returns when all ranks have joined."""
+def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Comm:
+    """This rank's end of the group; returns when all ranks have joined. Rank 0 brings the store it opened."""
     timeout = timedelta(seconds=rendezvous.timeout_s)
     if store is None:
         store = dist.TCPStore(
             rendezvous.host, rendezvous.port, world_size=rendezvous.size, is_master=False, timeout=timeout
         )
     prefixed = dist.PrefixStore(f"epoch-{rendezvous.epoch}", store)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]
-    options._timeout = timeout
-    options._threads = 1  # collectives run one after another; more threads only fight the compute threads
-    group: Group = dist.ProcessGroupGloo(prefixed, rank, rendezvous.size, options)
-    return group
+    match rendezvous.transport:
+        case "shared_memory":
+            layout = Layout(rendezvous.size)
+            if rank == 0:
+                prefixed.set("path", create_file(layout))
+            return SharedMemoryComm(prefixed.get("path").decode(), rank, layout, rendezvous.timeout_s)
+        case "gloo":
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]
+            options._timeout = timeout
+            options._threads = 1  # collectives run one after another; more threads only fight the compute threads
+            return GlooComm(dist.ProcessGroupGloo(prefixed, rank, rendezvous.size, options))

@@ -11,8 +11,7 @@ import threading
 from cluster.config import EngineConfig
 from cluster.messages import StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
-from cluster.process_group import Rendezvous, Store, join_gloo, open_store
-from cluster.transport.gloo import GlooComm
+from cluster.process_group import Rendezvous, Store, Transport, join, open_store
 from cluster.worker import Worker
 from model.comm import SoloComm
 
@@ -27,9 +26,9 @@ class RankActor:
     def load(self) -> WorkerFacts:
         return self._worker.load()
 
-    def open_store(self, own_address: str, size: int, epoch: int) -> Rendezvous:
+    def open_store(self, own_address: str, size: int, epoch: int, transport: Transport) -> Rendezvous:
         """Rank 0 only: a meeting point for the group."""
-        rendezvous = Rendezvous(own_address, 0, size, epoch)
+        rendezvous = Rendezvous(own_address, 0, size, epoch, transport)
         self._store = open_store(rendezvous)
         return rendezvous.at(self._store.port)
 
@@ -38,8 +37,7 @@ class RankActor:
         if rendezvous is None:
             self._worker.join(SoloComm(), num_pages)
         else:
-            group = join_gloo(rendezvous, self._rank, own_address, self._store)
-            self._worker.join(GlooComm(group), num_pages)
+            self._worker.join(join(rendezvous, self._rank, own_address, self._store), num_pages)
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)

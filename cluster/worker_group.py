@@ -23,7 +23,9 @@ from cluster.errors import StepFailed
 from cluster.memory import page_budget
 from cluster.messages import RankStatus, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
+from cluster.process_group import Transport
 from cluster.rank_actor import RankActor
+from cluster.transport import shared_memory
 from cluster.worker import Worker
 from model.comm import SoloComm
 
@@ -152,11 +154,13 @@ class RayGroup:
         import ray
 
         addresses: list[str] = ray.get([actor.address.remote() for actor in self._actors])
+        transport: Transport = "gloo"
         if len(set(addresses)) == 1:
             addresses = [LOOPBACK] * len(addresses)
+            transport = "shared_memory" if shared_memory.supported() else "gloo"
         rendezvous = None
         if len(addresses) > 1:
-            rendezvous = ray.get(self._actors[0].open_store.remote(addresses[0], len(addresses), epoch=0))
+            rendezvous = ray.get(self._actors[0].open_store.remote(addresses[0], len(addresses), 0, transport))
         ray.get(
             [
                 actor.join.remote(rendezvous, address, num_pages)

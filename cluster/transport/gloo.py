@@ -7,11 +7,25 @@ aborts the process without a Python exception, so that counts are checked here b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.process_group import Group
+
+class Work(Protocol):
+    def wait(self) -> bool: ...
+
+
+class Group(Protocol):
+    """A torch.distributed backend, as far as the transports use it."""
+
+    def rank(self) -> int: ...
+    def size(self) -> int: ...
+    def abort(self) -> None: ...
+    def allreduce(self, tensors: list[Tensor]) -> Work: ...
+    def broadcast(self, tensors: list[Tensor], options: object) -> Work: ...
+    def alltoall_base(self, output: Tensor, input: Tensor, receive: list[int], send: list[int]) -> Work: ...
 
 
 class GlooComm:

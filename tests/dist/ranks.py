@@ -1,4 +1,4 @@
-"""Forked ranks for tests: one function run on 2, 4 or 8 processes that share a gloo group.
+"""Forked ranks for tests: one function run on 2, 4 or 8 processes that share a group.
 
 Forking takes a tenth of a second where spawning takes seconds; the price is that this process must never have
 started Ray, CUDA or a thread pool inside torch (threads are set to 1 before the first operation).
@@ -7,6 +7,7 @@ started Ray, CUDA or a thread pool inside torch (threads are set to 1 before the
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -14,18 +15,27 @@ from typing import Any
 
 import torch
 
-from cluster.process_group import Rendezvous, join_gloo, open_store
-from cluster.transport.gloo import GlooComm
-from model.comm import Comm
+from cluster.process_group import Rendezvous, Transport, join, open_store
 
 LOOPBACK = "127.0.0.1"
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """function(comm, *args) on every rank; their results in rank order. One failure fails all, with its traceback."""
+def run_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    transport: Transport = "gloo",
+    survivors: set[int] | None = None,
+    timeout_s: float = 60.0,
+) -> list[Any]:
+    """function(comm, *args) on every rank; the survivors' (default: all) results in rank order.
+
+    One failure fails all, with its traceback.
+    """
     context = multiprocessing.get_context("fork")
-    store = open_store(LOOPBACK, size, timeout_s)
-    rendezvous = Rendezvous(LOOPBACK, store.port, size, timeout_s=timeout_s)
+    rendezvous = Rendezvous(LOOPBACK, 0, size, transport=transport, timeout_s=timeout_s)
+    store = open_store(rendezvous)
+    rendezvous = rendezvous.at(store.port)
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
@@ -35,7 +45,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
         pipes.append(ours)
         processes.append(process)
     try:
-        return _collect(pipes, timeout_s)
+        return _collect([pipe for rank, pipe in enumerate(pipes) if survivors is None or rank in survivors], timeout_s)
     finally:
         for process in processes:
             process.kill()
@@ -50,7 +60,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
-            error, results[rank] = pipe.recv()
+            error, results[rank] = pickle.loads(pipe.recv_bytes())
             assert error is None, f"rank {rank} failed:\n{error}"
     return [results[rank] for rank in range(len(pipes))]
 
@@ -60,7 +70,9 @@ def _rank_main(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        comm: Comm = GlooComm(join_gloo(rendezvous, rank, LOOPBACK))
-        pipe.send((None, function(comm, *args)))
+        comm = join(rendezvous, rank, LOOPBACK)
+        answer = (None, function(comm, *args))
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        answer = (traceback.format_exc(), None)
+    # As plain bytes: the pipe's own pickling would share tensors by handles that die with this process.
+    pipe.send_bytes(pickle.dumps(answer))

@@ -1,15 +1,20 @@
-"""The gloo transport: every collective against what one process computes from all ranks' inputs."""
+"""Every collective of every transport against what one process computes from all ranks' inputs."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 from torch import Tensor
 
+from cluster.process_group import Transport
+from cluster.transport import shared_memory
 from model.comm import Comm, split_rows
 from tests.dist.ranks import run_ranks
 
 D = 5
+TRANSPORTS: list[Transport] = ["gloo", *(["shared_memory"] if shared_memory.supported() else [])]  # type: ignore[list-item]
 
 
 def rank_rows(rank: int, rows: int) -> Tensor:
@@ -30,10 +35,11 @@ def every_collective(comm: Comm, total: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("total", [1, 7])  # one row: some ranks have none
-def test_collectives(size: int, total: int) -> None:
-    results = run_ranks(size, every_collective, total)
+def test_collectives(transport: Transport, size: int, total: int) -> None:
+    results = run_ranks(size, every_collective, total, transport=transport)
     rows = split_rows(total, size)
     wholes = [rank_rows(rank, total) for rank in range(size)]
     summed = torch.stack(wholes).sum(0)
@@ -52,6 +58,23 @@ def test_collectives(size: int, total: int) -> None:
         assert torch.equal(result["all_to_all"], torch.cat(expected))
 
 
-def test_disagreeing_counts_are_our_mistake() -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_disagreeing_counts_are_our_mistake(transport: Transport) -> None:
     with pytest.raises(AssertionError, match="3 rows to send"):
-        run_ranks(2, lambda comm: comm.all_to_all(torch.zeros(3, D), [1, 1], [1, 1]))
+        run_ranks(2, lambda comm: comm.all_to_all(torch.zeros(3, D), [1, 1], [1, 1]), transport=transport)
+
+
+def lose_a_peer(comm: Comm) -> str:
+    if comm.rank == 1:
+        os._exit(1)
+    try:
+        comm.all_reduce(torch.zeros(1, D))
+    except (RuntimeError, ConnectionError) as error:
+        return f"{error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_dead_peer_raises(transport: Transport) -> None:
+    (error,) = run_ranks(2, lose_a_peer, transport=transport, survivors={0}, timeout_s=10)
+    assert any(word in error for word in ("died", "closed", "reset")), error

@@ -1,0 +1,209 @@
+"""The engine over a fake group: its loop, its answers to everything that goes wrong, its text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from cluster.config import EngineConfig, KVConfig, SchedulerConfig
+from cluster.engine import Engine
+from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
+from cluster.messages import Request, SamplingParams, TokenEvent
+from tests.fake_group import FakeGroup, next_token
+
+EOS = 2
+
+
+class LetterTokenizer:
+    """Token n is the nth letter after 'A'."""
+
+    eos_ids = (EOS,)
+
+    def incremental(self, prompt_ids: Sequence[int] = ()) -> LetterTokenizer:
+        return self
+
+    def push(self, ids: Sequence[int]) -> str:
+        return "".join(chr(ord("A") + i) for i in ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+@asynccontextmanager
+async def running_engine(
+    group: FakeGroup | None = None, scheduler: SchedulerConfig | None = None
+) -> AsyncIterator[Engine]:
+    group = group or FakeGroup(64, 4)
+    config = EngineConfig("fake", kv=KVConfig(page_size=4), scheduler=scheduler or SchedulerConfig(8, 16, 8))
+    engine = Engine(config, group, group.start(), 128, LetterTokenizer())  # type: ignore[arg-type]
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+        assert group.stopped
+        assert engine.stats().pages_used == 0
+
+
+def request(request_id: str = "r", prompt: tuple[int, ...] = (5, 6), **sampling: object) -> Request:
+    params: dict[str, object] = {"max_tokens": 8, "seed": 0, "ignore_eos": True, **sampling}
+    return Request(request_id, prompt, SamplingParams(**params))  # type: ignore[arg-type]
+
+
+async def collect(engine: Engine, wanted: Request) -> list[TokenEvent]:
+    return [event async for event in engine.generate(wanted)]
+
+
+def alone(prompt: tuple[int, ...], count: int, seed: int = 0) -> list[int]:
+    tokens = list(prompt)
+    for index in range(count):
+        tokens.append(next_token(tokens, seed, index))
+    return tokens[len(prompt) :]
+
+
+def text_of(tokens: list[int]) -> str:
+    return LetterTokenizer().push(tokens)
+
+
+async def test_events_carry_tokens_and_text_and_one_reason() -> None:
+    async with running_engine() as engine:
+        events = await collect(engine, request())
+    tokens = [t for event in events for t in event.token_ids]
+    assert tokens == alone((5, 6), 8)
+    assert "".join(event.text for event in events) == text_of(tokens)
+    assert [event.finish_reason for event in events] == [None] * 7 + ["length"]
+    assert {event.request_id for event in events} == {"r"}
+
+
+async def test_many_at_once_get_what_they_get_alone() -> None:
+    async with running_engine() as engine:
+        wanted = [request(f"r{n}", (n + 3, 7), seed=n) for n in range(16)]
+        answers = await asyncio.gather(*(collect(engine, one) for one in wanted))
+    for n, events in enumerate(answers):
+        assert [t for event in events for t in event.token_ids] == alone((n + 3, 7), 8, n)
+
+
+async def test_the_token_that_ends_an_answer_counts_but_has_no_text() -> None:
+    tokens = alone((9,), 30)
+    end = tokens[4]
+    async with running_engine() as engine:
+        events = await collect(engine, request(prompt=(9,), max_tokens=30, stop_token_ids=(end,)))
+    shown = tokens[: tokens.index(end)]
+    assert [t for event in events for t in event.token_ids] == [*shown, end]
+    assert "".join(event.text for event in events) == text_of(shown)
+    assert events[-1].finish_reason == "stop"
+
+
+async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
+    whole = text_of(alone((9,), 30))
+    stop = whole[5:8]
+    async with running_engine() as engine:
+        events = await collect(engine, request(prompt=(9,), max_tokens=30, stop=(stop,)))
+        assert "".join(event.text for event in events) == whole[: whole.index(stop)]
+        assert events[-1].finish_reason == "stop"
+        await settled(engine)
+
+
+async def settled(engine: Engine) -> None:
+    """Wait until nothing runs: an abort takes effect at the next step."""
+    for _ in range(1000):
+        if engine.stats().running == engine.stats().waiting == 0:
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("the engine still works on a request nobody waits for")
+
+
+async def test_closing_the_iterator_aborts_the_request() -> None:
+    async with running_engine() as engine:
+        events = engine.generate(request(max_tokens=120))
+        await anext(events)
+        await events.aclose()  # type: ignore[attr-defined]
+        await settled(engine)
+        assert await collect(engine, request()), "its id can be used again"
+
+
+async def test_abort_ends_the_stream() -> None:
+    async with running_engine() as engine:
+        events = engine.generate(request(max_tokens=120))
+        await anext(events)
+        engine.abort("r")
+        engine.abort("somebody else")
+        rest = [event async for event in events]
+        assert rest[-1].finish_reason == "abort"
+
+
+async def test_what_can_never_run_is_refused_with_both_numbers() -> None:
+    async with running_engine() as engine:
+        with pytest.raises(
+            RequestInvalid, match="2 tokens and 127 more were asked for; together they must be 1 to 128"
+        ):
+            await collect(engine, request(max_tokens=127))
+        with pytest.raises(RequestInvalid):
+            await collect(engine, request(prompt=()))
+
+
+async def test_an_id_in_use_is_refused() -> None:
+    async with running_engine() as engine:
+        events = engine.generate(request(max_tokens=100))
+        await anext(events)
+        with pytest.raises(RequestInvalid, match="already running"):
+            await collect(engine, request())
+        await events.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_full_queue_is_said_before_any_work() -> None:
+    async with running_engine(scheduler=SchedulerConfig(max_running=1, max_step_tokens=16, max_waiting=1)) as engine:
+        first, second = (engine.generate(request(f"r{n}", max_tokens=100)) for n in range(2))
+        await anext(first)
+        waiting = asyncio.ensure_future(anext(second))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull) as full:
+            await collect(engine, request("r2"))
+        assert full.value.retry_after_s > 0
+        await first.aclose()  # type: ignore[attr-defined]
+        await waiting
+        await second.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_failed_step_answers_everyone_and_makes_the_engine_unhealthy() -> None:
+    group = FakeGroup(64, 4)
+    async with running_engine(group) as engine:
+        events = engine.generate(request(max_tokens=120))
+        await anext(events)
+        group.fail_with = RuntimeError("rank 1 died during a step")
+        rest = [event async for event in events]
+        assert rest[-1].finish_reason == "error"
+        assert rest[-1].error == "rank 1 died during a step"
+        assert not engine.healthy
+        with pytest.raises(EngineNotReady, match="rank 1 died"):
+            await collect(engine, request())
+
+
+async def test_a_death_between_steps_is_told_at_once() -> None:
+    async with running_engine() as engine:
+        events = engine.generate(request(max_tokens=120))
+        await anext(events)
+        engine.fail("rank 0 died")
+        rest = [event async for event in events]
+        assert (rest[-1].finish_reason, rest[-1].error) == ("error", "rank 0 died")
+        assert not engine.ready
+
+
+async def test_a_draining_engine_finishes_what_runs() -> None:
+    async with running_engine() as engine:
+        events = engine.generate(request(max_tokens=50))
+        await anext(events)
+        engine.drain()
+        assert engine.healthy
+        assert not engine.ready
+        with pytest.raises(EngineDraining):
+            await collect(engine, request("late"))
+        assert [event async for event in events][-1].finish_reason == "length"
+
+
+async def test_seeds_drawn_for_the_caller_differ() -> None:
+    async with running_engine() as engine:
+        answers = [await collect(engine, request(f"r{n}", seed=None)) for n in range(4)]
+    assert len({tuple(t for e in events for t in e.token_ids) for events in answers}) > 1
