@@ -27,6 +27,7 @@ from model.fields import read_json
 MAX_HEADER_BYTES = 16 << 20  # Mixtral 8x22B's headers together take 0.2 MB
 MAX_INDEX_BYTES = 64 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+KNOWN_DTYPES = ", ".join(DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,9 @@ class TorchFile:
             raise CheckpointError(f"{path} is not a complete file of plain tensors: {reason}") from error
         if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
             raise CheckpointError(f"{path} must hold a dictionary of tensors")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES.values():
+                raise CheckpointError(f"{path}: {shortened(name)} is {tensor.dtype}; served are {KNOWN_DTYPES}")
         self._tensors: dict[str, Tensor] = tensors
         self.infos = {name: TensorInfo(path, tuple(x.shape), x.dtype) for name, x in tensors.items()}
 
@@ -144,8 +148,9 @@ def parse_entry(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[Ten
     if not all(type(x) is int and 0 <= x < 1 << 50 for x in numbers) or len(shape) > 4:
         raise CheckpointError(f"{path}: {shortened(name)} has an impossible shape or offset")
     if dtype_name not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise CheckpointError(f"{path}: {shortened(name)} is {shortened(str(dtype_name))}; served are {known}")
+        raise CheckpointError(
+            f"{path}: {shortened(name)} is {shortened(str(dtype_name))}; served are {', '.join(DTYPES)}"
+        )
     info = TensorInfo(path, tuple(shape), DTYPES[dtype_name])
     if end - start != math.prod(shape) * info.dtype.itemsize:
         raise CheckpointError(f"{path}: {shortened(name)} has {end - start} bytes, which is not what its shape needs")

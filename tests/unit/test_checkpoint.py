@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +216,7 @@ def test_a_rank_reads_its_share_and_no_more(
     total = sum(x.nbytes for x in weights(CONFIG).values())
     slots = [((0, 1), (0, 1)), ((2, 3), (2, 3))]
     requested = 0
-    pread = __import__("os").preadv
+    pread = os.preadv
 
     def counting(descriptor: int, buffers: list[Any], offset: int) -> int:
         nonlocal requested
@@ -354,7 +355,9 @@ def test_one_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK nonsense", [1, 2], {"a": "text"}])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK nonsense", [1, 2], {"a": "text"}, {"a": torch.ones(1, dtype=torch.int8)}]
+)
 def test_a_torch_file_of_anything_but_tensors_is_refused(tmp_path: Path, content: Any) -> None:
     directory = write_checkpoint(tmp_path)
     (directory / "model.safetensors").unlink()
