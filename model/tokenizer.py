@@ -18,6 +18,7 @@ from typing import Any
 from model.chat_template import ChatTemplate
 from model.detokenizer import IncrementalDecoder, Vocabulary, decode_utf8
 from model.errors import TokenizerError
+from model.instruct_format import Text, mistral_instruct
 from model.text_encoders import SHIELD, SentencePieceEncoder, TextEncoder, TokenizersEncoder
 from model.tokenizer_files import TokenizerFiles
 
@@ -44,14 +45,14 @@ class Tokenizer:
         self._vocabulary: Vocabulary = encoder.vocabulary
         named = encoder.named | files.named
         self.bos_id = encoder.id_of(named["bos_token"]) if "bos_token" in named else None
-        eos_id = encoder.id_of(named["eos_token"]) if "eos_token" in named else None
+        self._eos_id = encoder.id_of(named["eos_token"]) if "eos_token" in named else None
         # What generation may end with: the checkpoint's ids and the tokenizer's own, which fine-tunes often differ in.
-        self.eos_ids = tuple(dict.fromkeys([*files.eos_ids, *([] if eos_id is None else [eos_id])]))
+        self.eos_ids = tuple(dict.fromkeys([*files.eos_ids, *([] if self._eos_id is None else [self._eos_id])]))
         before, after = encoder.added_by_default
         if files.add_bos is not None:
             before = [self.bos_id] if files.add_bos and self.bos_id is not None else []
         if files.add_eos is not None:
-            after = [eos_id] if files.add_eos and eos_id is not None else []
+            after = [self._eos_id] if files.add_eos and self._eos_id is not None else []
         self._before, self._after = before, after
         self._templates = {name: ChatTemplate(source, named) for name, source in files.templates.items()}
         names = [self.token_text(i) for i in sorted(self._vocabulary.special)]
@@ -97,8 +98,15 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_arguments: Any,
     ) -> list[int]:
-        """The prompt of a conversation. BOS is there if the template writes it."""
+        """The prompt of a conversation. BOS is there if the template writes it; nothing else adds one.
+
+        Without a template it is Mistral's instruct format, which has no tools.
+        """
         template = self._template(with_tools=bool(tools))
+        if template is None:
+            if tools or template_arguments:
+                raise TokenizerError("this model has no chat template: add chat_template.jinja for tools and arguments")
+            return self._instruct_prompt(messages)
         text = template.render(
             self._shield(messages),
             add_generation_prompt=add_generation_prompt,
@@ -107,12 +115,23 @@ class Tokenizer:
         )
         return self._encoder.encode(_checked(text), shielded=SHIELD in text)
 
-    def _template(self, with_tools: bool) -> ChatTemplate:
+    def _template(self, with_tools: bool) -> ChatTemplate | None:
         if with_tools and "tool_use" in self._templates:
             return self._templates["tool_use"]
-        if "default" not in self._templates:
-            raise TokenizerError("this model has no chat template: use /v1/completions, or add chat_template.jinja")
-        return self._templates["default"]
+        if self._templates and "default" not in self._templates:
+            raise TokenizerError(f"none of the chat templates {sorted(self._templates)} is named default: rename one")
+        return self._templates.get("default")
+
+    def _instruct_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        control = {"bos": self.bos_id, "eos": self._eos_id}
+        control |= {token: self._encoder.id_of(token) for token in ("[INST]", "[/INST]")}
+        ids: list[int] = []
+        for part in mistral_instruct(messages, control_tokens=control["[INST]"] is not None):
+            if isinstance(part, Text):
+                ids += self._encoder.encode(self._shield(_checked(part.text)), shielded=True)
+            elif (token_id := control[part]) is not None:
+                ids.append(token_id)
+        return ids
 
     def _shield(self, value: Any) -> Any:
         """The value with SHIELD inside every special token that a user wrote, however deep."""
@@ -123,7 +142,11 @@ class Tokenizer:
                 return {self._shield(key): self._shield(item) for key, item in value.items()}
             case list() | tuple():
                 return [self._shield(item) for item in value]
-        return value
+            case None | bool() | int() | float():
+                return value
+        raise TokenizerError(
+            f"messages, tools and template arguments are made of JSON values, not {type(value).__name__}"
+        )
 
 
 def _checked(text: str) -> str:

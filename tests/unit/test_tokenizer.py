@@ -1,0 +1,279 @@
+"""The tokenizer against the libraries it must agree with: mistral-common, sentencepiece and transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from transformers import LlamaTokenizer
+
+from model.errors import TokenizerError
+from model.tokenizer import Tokenizer, load_tokenizer
+
+DATA = Path(str(files("mistral_common"))) / "data"
+MODELS = {"v1": DATA / "tokenizer.model.v1", "v3": DATA / "mistral_instruct_tokenizer_240323.model.v3"}
+PIECES = [
+    *["the ", "router", " chooses", " two", "Experts", "\n", "\n\n", "\t", " ", "  ", "   ", "\u00a0", "\u2003"],
+    *[
+        "é",
+        "e\u0301",
+        "你好",
+        "نص",
+        "ไทย",
+        "👩‍👩‍👧‍👦",
+        "🏳️‍🌈",
+        "𝕏",
+        "\U0001f600",
+        "\u200b",
+        "\ufeff",
+        "\u2581",
+        "\ufffd",
+    ],
+    *["\x00", "\x01", "\x7f", "\r\n", "\ufdd0", "\U0010ffff", "<", ">", "<s", "/s>", "[INST", "<0x41>", "0", "1234"],
+    *["def f(x):\n    return x", "https://a.b/c?d=e", "...", "!!", "'s", "I'm", "A" * 40, "ß", "İ", "ﬁ", "①", "々"],
+]
+SPECIALS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]"]
+
+
+def texts(count: int, seed: int, pieces: list[str] = PIECES) -> list[str]:
+    rng = random.Random(seed)
+    return ["", " ", *("".join(rng.choices(pieces, k=rng.randrange(1, 12))) for _ in range(count))]
+
+
+@pytest.fixture(scope="module", params=["v1", "v3"])
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_directory(version: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as Mistral publishes it: the SentencePiece model under its versioned name, and nothing else."""
+    directory = tmp_path_factory.mktemp("model")
+    shutil.copy(MODELS[version], directory / f"tokenizer.model.{version}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def json_directory(version: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as transformers saves it: tokenizer.json and tokenizer_config.json."""
+    source = tmp_path_factory.mktemp("source")
+    shutil.copy(MODELS[version], source / "tokenizer.model")
+    directory = tmp_path_factory.mktemp("json")
+    LlamaTokenizer.from_pretrained(source, add_bos_token=True).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(model_directory: Path) -> Tokenizer:
+    return load_tokenizer(model_directory)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(json_directory: Path) -> Tokenizer:
+    return load_tokenizer(json_directory)
+
+
+def test_sentencepiece_equals_mistral_common(sentencepiece_tokenizer: Tokenizer, model_directory: Path) -> None:
+    (path,) = model_directory.iterdir()
+    theirs = SentencePieceTokenizer(str(path))
+    ours = sentencepiece_tokenizer
+    assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (theirs.n_words, theirs.bos_id, (theirs.eos_id,))
+    for text in texts(2000, seed=1):
+        if any(special in text for special in SPECIALS):
+            continue  # special tokens to us, plain text to them
+        ids = theirs.encode(text, bos=True, eos=False)
+        assert ours.encode(text) == ids, ascii(text)
+        assert ours.encode(text, add_special_tokens=False) == ids[1:], ascii(text)
+        assert ours.decode(ids) == theirs.decode(ids, SpecialTokenPolicy.IGNORE), ascii(text)
+        assert ours.decode(ids) == text.replace("\u2581", " "), ascii(text)
+
+
+def test_tokenizer_json_equals_transformers(json_tokenizer: Tokenizer, json_directory: Path) -> None:
+    theirs = LlamaTokenizer.from_pretrained(json_directory)
+    ours = json_tokenizer
+    assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (len(theirs), theirs.bos_token_id, (theirs.eos_token_id,))
+    for text in texts(1000, seed=2, pieces=PIECES + SPECIALS):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, ascii(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ascii(text)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids), ascii(text)
+
+
+def test_special_tokens_in_a_text_mean_the_same_to_both_encoders(
+    sentencepiece_tokenizer: Tokenizer, json_tokenizer: Tokenizer
+) -> None:
+    """Where transformers' conversion of the model is faithful, that is without runs of spaces and separators."""
+    pieces = ["hello", "world", ",", "你好", "\n", "!", "<s>", "</s>", "<s", "s>", "[INST]", "[/INST]"]
+    for text in texts(500, seed=3, pieces=pieces)[2:]:
+        assert sentencepiece_tokenizer.encode(text) == json_tokenizer.encode(text), ascii(text)
+
+
+def test_what_a_token_adds_joins_to_the_text(sentencepiece_tokenizer: Tokenizer) -> None:
+    tokenizer = sentencepiece_tokenizer
+    for text in texts(200, seed=4)[1:]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == (" " + text.replace("\u2581", " ")).encode()
+    *_, first, second, third, fourth = tokenizer.encode("\U0010ffff")
+    assert [tokenizer.token_bytes(i) for i in (first, second, third, fourth)] == [b"\xf4", b"\x8f", b"\xbf", b"\xbf"]
+    assert tokenizer.token_text(first) == "\ufffd"
+    assert tokenizer.token_text(1) == "<s>"
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+def test_half_a_surrogate_pair_is_refused_in_words(text: str, sentencepiece_tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match=f"surrogate pair at character {len(text) - len(text.lstrip('a'))}"):
+        sentencepiece_tokenizer.encode(text)
+
+
+def test_a_long_text_is_encoded_whole(sentencepiece_tokenizer: Tokenizer) -> None:
+    text = "a router looks at every token, 你好 " * 20_000
+    assert sentencepiece_tokenizer.decode(sentencepiece_tokenizer.encode(text)) == text
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    shutil.copy(MODELS["v1"], tmp_path / "tokenizer.model")
+    return tmp_path
+
+
+def test_eos_ids_are_the_checkpoints_and_the_tokenizers(directory: Path) -> None:
+    write_json(directory / "config.json", {"eos_token_id": 7})
+    assert load_tokenizer(directory).eos_ids == (7, 2)
+    write_json(directory / "generation_config.json", {"eos_token_id": [5, 2]})
+    assert load_tokenizer(directory).eos_ids == (5, 2)
+    write_json(directory / "generation_config.json", {"eos_token_id": "two"})
+    with pytest.raises(TokenizerError, match="eos_token_id must be a token id"):
+        load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, [1, 12014]),
+        ({"add_bos_token": False}, [12014]),
+        ({"add_eos_token": True, "eos_token": {"content": "</s>"}}, [1, 12014, 2]),
+        ({"bos_token": "</s>", "add_bos_token": True}, [2, 12014]),
+    ],
+)
+def test_tokenizer_config_says_what_surrounds_a_text(directory: Path, config: Any, expected: list[int]) -> None:
+    write_json(directory / "tokenizer_config.json", config)
+    assert load_tokenizer(directory).encode("hi") == expected
+
+
+def test_legacy_puts_a_space_after_special_tokens(directory: Path) -> None:
+    spaced = load_tokenizer(directory).encode("<s> hi", add_special_tokens=False)
+    plain = load_tokenizer(directory).encode("<s>hi", add_special_tokens=False)
+    write_json(directory / "tokenizer_config.json", {"legacy": True})
+    assert load_tokenizer(directory).encode("<s>hi", add_special_tokens=False) == spaced != plain
+
+
+def added_by_config(directory: Path) -> None:
+    decoder = {
+        "32000": {"content": "<|im_end|>", "special": True, "rstrip": True},
+        "32001": {"content": "<|im_start|>"},
+    }
+    write_json(directory / "tokenizer_config.json", {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"})
+
+
+def added_by_files(directory: Path) -> None:
+    write_json(directory / "added_tokens.json", {"<|im_end|>": 32000, "<|im_start|>": 32001})
+    write_json(directory / "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})
+
+
+@pytest.mark.parametrize("add", [added_by_config, added_by_files])
+def test_added_tokens(directory: Path, json_directory: Path, add: Callable[[Path], None]) -> None:
+    shutil.copy(MODELS["v1"], directory / "tokenizer.model")
+    add(directory)
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.vocab_size == 32002
+    assert tokenizer.eos_ids == (32000,)
+    ids = tokenizer.encode("<|im_start|>hi<|im_end|>  ", add_special_tokens=False)
+    swallowed = add is added_by_config
+    assert ids[0] == 32001
+    assert (ids[-1] == 32000) is swallowed
+    assert tokenizer.decode(ids) == "<|im_start|>hi" + ("" if swallowed else "  ")
+    assert tokenizer.token_text(32000) == "<|im_end|>"
+
+
+def test_tokenizer_json_learns_tokens_from_tokenizer_config(json_directory: Path, version: str, tmp_path: Path) -> None:
+    shutil.copytree(json_directory, tmp_path, dirs_exist_ok=True)
+    size = load_tokenizer(tmp_path).vocab_size
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {str(size): {"content": "<|im_start|>", "special": True}}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    assert load_tokenizer(tmp_path).encode("<|im_start|>", add_special_tokens=False) == [size]
+    config["added_tokens_decoder"] = {str(size + 1): {"content": "<|im_start|>", "special": True}}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(TokenizerError, match=f"is token {size + 1} in tokenizer_config.json but {size}"):
+        load_tokenizer(tmp_path)
+
+
+def byte_level(tmp_path: Path) -> Path:
+    """GPT-2's kind of tokenizer.json, with nothing but bytes in its vocabulary."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_byte_level_tokenizer_json(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path))
+    for text in texts(300, seed=5):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("你")[:2]) == "\ufffd"
+
+
+def broken(directory: Path, name: str, content: str) -> Path:
+    (directory / name).write_text(content)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.txt", "", "has no tokenizer.json, tokenizer.model"),
+        ("tokenizer.model", "nonsense", "is not a SentencePiece model"),
+        ("tokenizer.json", "{", "is not valid JSON"),
+        ("tokenizer.json", "[]", "must hold a JSON object"),
+        ("tokenizer.json", "{}", "cannot be loaded"),
+    ],
+)
+def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(broken(tmp_path, name, content))
+
+
+def test_a_decoder_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
+    data = json.loads((byte_level(tmp_path) / "tokenizer.json").read_text())
+    data["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    write_json(tmp_path / "tokenizer.json", data)
+    with pytest.raises(TokenizerError, match=r"decoder \['WordPiece'\] is not supported"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_newest_model_is_taken(tmp_path: Path) -> None:
+    for version, path in MODELS.items():
+        shutil.copy(path, tmp_path / f"tokenizer.model.{version}")
+    assert load_tokenizer(tmp_path).vocab_size == 32768
+    shutil.copy(MODELS["v1"], tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).vocab_size == 32000
