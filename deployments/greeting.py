@@ -11,6 +11,7 @@ from deployments.resolve import Resolved
 def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str:
     """What to paste next."""
     host = "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104
+    host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{address.port}{route_prefix.rstrip('/')}"
     auth = resolved.settings.auth
     key = ' -H "Authorization: Bearer $KEY"' if auth.api_keys_env or auth.api_keys_file else ""

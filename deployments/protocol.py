@@ -6,6 +6,7 @@ none is silently ignored. null always means "not given". docs/openai.md is the s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -87,13 +88,13 @@ def parse(kind: type[BodyT], fields: dict[str, Any]) -> BodyT:
         neutral = kind.neutral[name]
         # type(): False is not the neutral value 0, whatever == says.
         if not any(value == one and (type(value) is bool) is (type(one) is bool) for one in neutral):
-            allowed = " or ".join(["leave it out", *(f"use {one!r}" for one in neutral)])
-            raise invalid(f"{name} is not possible in this version; {allowed}.", name)
+            allowed = " or ".join(["leave it out", *(f"use {json.dumps(one)}" for one in neutral)])
+            raise invalid(f"{name}: {json.dumps(value)[:60]} is not possible in this version; {allowed}.", name)
     try:
         return kind.model_validate(given)
     except ValidationError as error:
         path, message = describe(error, kind)
-        raise invalid(message, path) from None
+        raise invalid(message, path or None) from None
 
 
 def _listed(value: object) -> object:

@@ -9,6 +9,7 @@ import inspect
 import reprlib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,7 +23,10 @@ def describe(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str]:
         return path, unknown(path, str(location[-1]), field_names(kind, location[:-1]))
     if first["type"] == "missing":
         return path, f"{path} is required."
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    if first["type"] == "value_error":  # raised by a validator of ours, whose sentence says it all
+        message = first["msg"].removeprefix("Value error, ")
+        return path, f"{path}: {message}." if path else f"{message}."
+    message = first["msg"].removeprefix("Input ").rstrip(".")
     return path, f"{path}: {message}, not {reprlib.repr(first['input'])}."
 
 
@@ -43,13 +47,22 @@ def dotted(location: Sequence[str | int]) -> str:
 
 
 def field_names(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """The fields of the model found by walking `path` from `kind`; none where the path leads out of plain models."""
+    """The fields of the model found by walking `path` from `kind`; none where the path leads out of models."""
     for step in path:
-        field = kind.model_fields.get(str(step))
-        if field is None or not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)):
-            return []
-        kind = field.annotation
+        if isinstance(step, str):
+            field = kind.model_fields.get(step)
+            inner = None if field is None else _model_in(field.annotation)
+            if inner is None:
+                return []
+            kind = inner
     return list(kind.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """Model, Model | None and list[Model] all have one."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)
 
 
 def _without_union_arms(location: tuple[str | int, ...]) -> tuple[str | int, ...]:

@@ -1,0 +1,51 @@
+"""docs/openai.md: which fields of the generation routes do something here. Made from the request types themselves.
+
+python -m deployments.field_table > docs/openai.md
+"""
+
+from __future__ import annotations
+
+import json
+
+from deployments.protocol import NOTHING_TO_DO, ChatRequest, CompletionRequest, GenerationRequest
+
+HEADER = """\
+# The OpenAI API here
+
+`POST /v1/completions` and `POST /v1/chat/completions` take the fields below, and no others. A field is honoured,
+or accepted at the values at which it asks for nothing, or refused with a 400 that names it. `null` always means
+"not given".
+
+| field | completions | chat | notes |
+|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    names = sorted({name for kind in (CompletionRequest, ChatRequest) for name in (*kind.model_fields, *kind.neutral)})
+    return HEADER + "".join(_row(name) for name in names)
+
+
+def _row(name: str) -> str:
+    cells = [_cell(name, kind) for kind in (CompletionRequest, ChatRequest)]
+    notes = {
+        field.description: None
+        for kind in (CompletionRequest, ChatRequest)
+        if (field := kind.model_fields.get(name)) is not None and field.description
+    }
+    return f"| `{name}` | {cells[0]} | {cells[1]} | {'; '.join(notes)} |\n"
+
+
+def _cell(name: str, kind: type[GenerationRequest]) -> str:
+    if name in NOTHING_TO_DO:
+        return "accepted, nothing to do"
+    if name in kind.model_fields:
+        return "honoured"
+    if name not in kind.neutral:
+        return "no such field"
+    values = " or ".join(f"`{json.dumps(value)}`" for value in kind.neutral[name])
+    return f"only {values}" if values else "refused"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
