@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.comm import split_rows
 from model.config import MixtralConfig
-from model.dialects import EXPERT_PARTS, Matrix, Stored, check_tensors, find_dialect, locate
+from model.dialects import Matrix, Stored, check_tensors, find_dialect, locate
 from model.errors import CheckpointError
 from model.layers import Linear
 from model.shard import Shard
@@ -160,14 +160,20 @@ class Loader:
         output = self.linear(Piece(Matrix("o", layer), columns=queries))
         moe_norm = self.tensor(Piece(Matrix("moe_norm", layer)))
         router = self.tensor(Piece(Matrix("router", layer)))
-        slots = [[self.linear(Piece(Matrix(part, layer, expert))) for part in EXPERT_PARTS] for expert in experts]
+        slots = [
+            (
+                self.linear(Piece(Matrix("gate", layer, expert)), Piece(Matrix("up", layer, expert))),
+                self.linear(Piece(Matrix("down", layer, expert))),
+            )
+            for expert in experts
+        ]
         return lambda: BlockWeights(
             attention_norm.result(),
             qkv.result(),
             output.result(),
             moe_norm.result(),
             router.result(),
-            tuple(ExpertWeights(*(part.result() for part in slot)) for slot in slots),
+            tuple(ExpertWeights(gate_up.result(), down.result()) for gate_up, down in slots),
         )
 
     def wait(self, progress: Progress | None) -> None:

@@ -5,13 +5,9 @@ T: rows.  I, O: features in and out.  D: model width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-Activation = Literal["none", "swish"]
 
 # Rows the packed layout is tuned for. One pack serves every row count; decode batches gain most from it.
 PACK_ROWS = 32
@@ -31,12 +27,11 @@ class Linear:
         self._packed = can_pack(weight_OI)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS) if self._packed else weight_OI
 
-    def __call__(self, x_TI: Tensor, activation: Activation = "none") -> Tensor:
+    def __call__(self, x_TI: Tensor) -> Tensor:
         if self._packed:
-            y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, None, activation, [], "")
+            y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, None, "none", [], "")
             return y_TO
-        y_TO = functional.linear(x_TI, self._weight)
-        return functional.silu(y_TO) if activation == "swish" else y_TO
+        return functional.linear(x_TI, self._weight)
 
     @property
     def weight_OI(self) -> Tensor:

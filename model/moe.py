@@ -27,11 +27,8 @@ def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tens
 
 def run_experts(x_ND: Tensor, rows: Sequence[int], experts: Sequence[ExpertWeights]) -> Tensor:
     """Each slot's expert on its own rows; rows lie slot after slot."""
-    parts = [
-        expert.down(expert.gate(x_nD, "swish").mul_(expert.up(x_nD)))
-        for x_nD, expert in zip(torch.split(x_ND, list(rows)), experts, strict=True)
-        if len(x_nD)
-    ]
+    slots = zip(torch.split(x_ND, list(rows)), experts, strict=True)
+    parts = [expert.down(swiglu(expert.gate_up(x_nD))) for x_nD, expert in slots if len(x_nD)]
     match parts:
         case []:
             return x_ND
@@ -41,11 +38,18 @@ def run_experts(x_ND: Tensor, rows: Sequence[int], experts: Sequence[ExpertWeigh
             return torch.cat(parts)
 
 
+def swiglu(gate_up_nF: Tensor) -> Tensor:
+    """silu(gate) * up of a matrix that holds both side by side and is used for nothing else."""
+    gate_nF, up_nF = gate_up_nF.chunk(2, dim=-1)
+    return functional.silu(gate_nF, inplace=True).mul_(up_nF)
+
+
 def reference_experts(x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor, experts: Sequence[ExpertWeights]) -> Tensor:
     """What dispatch, run_experts and combine must add up to: the definition, one expert after another."""
     y_SD = torch.zeros_like(x_SD, dtype=torch.float32)
     for number, expert in enumerate(experts):
         token, k = torch.where(expert_SK == number)
-        hidden_nF = functional.silu(x_SD[token] @ expert.gate.weight_OI.T) * (x_SD[token] @ expert.up.weight_OI.T)
+        gate_FD, up_FD = expert.gate_up.weight_OI.chunk(2)
+        hidden_nF = functional.silu(x_SD[token] @ gate_FD.T) * (x_SD[token] @ up_FD.T)
         y_SD.index_add_(0, token, (hidden_nF @ expert.down.weight_OI.T) * weight_SK[token, k, None])
     return y_SD.to(x_SD.dtype)

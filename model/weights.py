@@ -15,8 +15,7 @@ from model.layers import Linear
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    gate: Linear  # (F, D), through the activation
-    up: Linear  # (F, D)
+    gate_up: Linear  # (2F, D): rows that go through the activation, then rows they scale
     down: Linear  # (D, F)
 
 

@@ -34,7 +34,7 @@ def flattened(weights: MixtralWeights) -> list[Tensor]:
         tensors += [block.attention_norm_D, block.qkv.weight_OI, block.output.weight_OI, block.moe_norm_D]
         tensors.append(block.router_ED)
         for expert in block.experts:
-            tensors += [expert.gate.weight_OI, expert.up.weight_OI, expert.down.weight_OI]
+            tensors += [expert.gate_up.weight_OI, expert.down.weight_OI]
     return tensors
 
 
