@@ -28,8 +28,8 @@ class Text:
 
 def mistral_instruct(messages: Sequence[Mapping[str, Any]], *, control_tokens: bool) -> list[Part | Text]:
     """v3 where the vocabulary has [INST] as a control token, else v1. Neighbours of one role become one message."""
-    system = _joined(message for message in messages if message.get("role") == "system")
-    turns = [(role, _joined(group)) for role, group in groupby(_turns(messages), key=lambda message: message["role"])]
+    system = _joined(message for message in messages if _role(message) == "system")
+    turns = [(role, _joined(group)) for role, group in groupby(messages, key=_role) if role != "system"]
     if not turns or turns[0][0] != "user":
         turns.insert(0, ("user", ""))
     users = [i for i, (role, _) in enumerate(turns) if role == "user"]
@@ -45,18 +45,15 @@ def mistral_instruct(messages: Sequence[Mapping[str, Any]], *, control_tokens: b
     return parts
 
 
-def _turns(messages: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    for message in messages:
-        match message.get("role"):
-            case "user" | "assistant":
-                yield message
-            case "system":
-                pass
-            case role:
-                raise TokenizerError(
-                    f"this model has no chat template, and Mistral's plain format knows the roles system, user and "
-                    f"assistant, not {role!r}: add chat_template.jinja to the checkpoint"
-                )
+def _role(message: Mapping[str, Any]) -> str:
+    match message.get("role"):
+        case str(role) if role in ("system", "user", "assistant"):
+            return role
+        case role:
+            raise TokenizerError(
+                f"this model has no chat template, and Mistral's plain format knows the roles system, user and "
+                f"assistant, not {role!r}: add chat_template.jinja to the checkpoint"
+            )
 
 
 def _joined(messages: Iterable[Mapping[str, Any]]) -> str:

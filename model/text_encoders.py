@@ -3,8 +3,8 @@
     tokenizer.json                     `tokenizers`, exactly as the file says
     tokenizer.model, tokenizer.model.v3  `sentencepiece`; the special tokens in a text are found here
 
-Both find special tokens in a text ("<s>" becomes one id, as chat templates need), except those that `shield` broke
-up: they are read as the plain text they are. Both tell what each id adds to a text.
+Both find special tokens in a text ("<s>" becomes one id, as chat templates need), except those that
+shield.py broke up. Both tell what each id adds to a text.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import tokenizers
 
 from model.detokenizer import Vocabulary
 from model.errors import TokenizerError
+from model.shield import BREAK
 from model.tokenizer_files import AddedToken, TokenizerFiles, read_json
 
-SHIELD = "\ufdd0"  # a noncharacter: Unicode reserves it for use inside a program
 _WORD = "\u2581"  # how SentencePiece writes a space
 # normalizer_spec.add_dummy_prefix = false; a protobuf message appended to another overrides its fields.
 _NO_PREFIX = b"\x1a\x02\x18\x00"
@@ -44,7 +44,7 @@ class TextEncoder(Protocol):
         """The ids before and after a text where tokenizer_config.json does not say."""
 
     def encode(self, text: str, *, shielded: bool = False) -> list[int]:
-        """Special tokens become their ids; where shielded, SHIELD is taken out again after that."""
+        """Special tokens become their ids; where shielded, every BREAK is taken out after that."""
 
     def id_of(self, token: str) -> int | None: ...
 
@@ -106,7 +106,7 @@ class TokenizersEncoder:
         self._path = path
         self._files = files
         data = read_json(path)
-        self._tokenizer = self._load(data)
+        self._tokenizer = self._load(path.read_text(encoding="utf-8"))
         self.vocabulary = _tokenizers_vocabulary(self._tokenizer, data, path)
 
     @property
@@ -133,21 +133,21 @@ class TokenizersEncoder:
 
     @cached_property
     def _unshielding(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, which takes SHIELD out after it has looked for special tokens.
+        """The same tokenizer, which takes every BREAK out after it has looked for special tokens.
 
         Special tokens are looked for before the normalizer runs, if they are not `normalized` themselves.
         """
         data = read_json(self._path)
         for token in data.get("added_tokens", []):
             token["normalized"] = token["normalized"] and not token["special"]
-        unshield = {"type": "Replace", "pattern": {"String": SHIELD}, "content": ""}
+        unshield = {"type": "Replace", "pattern": {"String": BREAK}, "content": ""}
         normalizers = [unshield, data["normalizer"]] if data.get("normalizer") else [unshield]
         data["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
-        return self._load(data)
+        return self._load(json.dumps(data))
 
-    def _load(self, data: dict[str, Any]) -> tokenizers.Tokenizer:
+    def _load(self, data: str) -> tokenizers.Tokenizer:
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+            tokenizer = tokenizers.Tokenizer.from_str(data)
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{self._path} cannot be loaded ({error}): copy it again") from error
         tokenizer.no_truncation()
@@ -176,7 +176,7 @@ def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken) -> None:
 
 def _encode_piece(processor: sentencepiece.SentencePieceProcessor, text: str, shielded: bool) -> list[int]:
     if shielded:
-        text = text.replace(SHIELD, "")
+        text = text.replace(BREAK, "")
     ids: list[int] = processor.encode(text) if text else []
     return ids
 

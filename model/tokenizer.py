@@ -5,12 +5,11 @@
               ──chat_template────▶ messages -> text ────────┘        └──detokenizer──▶ ids -> text
 
 A chat prompt is the template's text, where special tokens are found ("<s>" becomes one id); inside what users send
-they are plain text, so nobody ends a turn or opens another by writing one.
+they stay plain text (shield.py), so that nobody ends a turn or opens another by writing one.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from model.chat_template import ChatTemplate
 from model.detokenizer import IncrementalDecoder, Vocabulary, decode_utf8
 from model.errors import TokenizerError
 from model.instruct_format import Text, mistral_instruct
-from model.text_encoders import SHIELD, SentencePieceEncoder, TextEncoder, TokenizersEncoder
+from model.shield import BREAK, Shield
+from model.text_encoders import SentencePieceEncoder, TextEncoder, TokenizersEncoder
 from model.tokenizer_files import TokenizerFiles
 
 
@@ -55,8 +55,7 @@ class Tokenizer:
             after = [self._eos_id] if files.add_eos and self._eos_id is not None else []
         self._before, self._after = before, after
         self._templates = {name: ChatTemplate(source, named) for name, source in files.templates.items()}
-        names = [self.token_text(i) for i in sorted(self._vocabulary.special)]
-        self._special = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True) if n) or "(?!)")
+        self._shield = Shield(self.token_text(i) for i in self._vocabulary.special)
 
     @property
     def vocab_size(self) -> int:
@@ -108,12 +107,12 @@ class Tokenizer:
                 raise TokenizerError("this model has no chat template: add chat_template.jinja for tools and arguments")
             return self._instruct_prompt(messages)
         text = template.render(
-            self._shield(messages),
+            self._shield.cover(messages),
             add_generation_prompt=add_generation_prompt,
-            tools=self._shield(tools),
-            **self._shield(template_arguments),
+            tools=self._shield.cover(tools),
+            **self._shield.cover(template_arguments),
         )
-        return self._encoder.encode(_checked(text), shielded=SHIELD in text)
+        return self._encoder.encode(_checked(text), shielded=BREAK in text)
 
     def _template(self, with_tools: bool) -> ChatTemplate | None:
         if with_tools and "tool_use" in self._templates:
@@ -128,25 +127,10 @@ class Tokenizer:
         ids: list[int] = []
         for part in mistral_instruct(messages, control_tokens=control["[INST]"] is not None):
             if isinstance(part, Text):
-                ids += self._encoder.encode(self._shield(_checked(part.text)), shielded=True)
+                ids += self._encoder.encode(self._shield.cover(_checked(part.text)), shielded=True)
             elif (token_id := control[part]) is not None:
                 ids.append(token_id)
         return ids
-
-    def _shield(self, value: Any) -> Any:
-        """The value with SHIELD inside every special token that a user wrote, however deep."""
-        match value:
-            case str():
-                return self._special.sub(lambda match: match[0][0] + SHIELD + match[0][1:], value)
-            case Mapping():
-                return {self._shield(key): self._shield(item) for key, item in value.items()}
-            case list() | tuple():
-                return [self._shield(item) for item in value]
-            case None | bool() | int() | float():
-                return value
-        raise TokenizerError(
-            f"messages, tools and template arguments are made of JSON values, not {type(value).__name__}"
-        )
 
 
 def _checked(text: str) -> str:
