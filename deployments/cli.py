@@ -18,9 +18,9 @@ Serve a Mixtral model with an OpenAI-compatible API on this machine.
   mixtral-serve serve --model ~/models/mixtral   a checkpoint directory (Hugging Face or Mistral layout)
   mixtral-serve serve serve_config.yaml --set parallel.tensor=2
 
-It starts a Ray of its own and ends it again: Ctrl-C lets running answers finish (up to 30 seconds), a second
-Ctrl-C does not. To serve on a Ray cluster that already runs, use `serve run serve_config.yaml` with RAY_ADDRESS
-set: the same file and the same application.
+It starts a Ray of its own and ends it again: Ctrl-C lets running answers finish, a second Ctrl-C does not.
+To serve on a Ray cluster that already runs, use `serve run serve_config.yaml` with RAY_ADDRESS set: the same file
+and the same application.
 
 Every setting can come from the file (under args), from the environment, or from --set, which wins:
 parallel.tensor is MIXTRAL_PARALLEL__TENSOR there and --set parallel.tensor=2 here.

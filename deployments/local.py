@@ -32,8 +32,6 @@ OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's defaul
 def run(settings: Settings, address: HttpOptions, name: str, route_prefix: str) -> int:
     """Serve until interrupted; the exit status."""
     _check_port_free(address)
-    # SIGTERM ends it like Ctrl-C: both drain.
-    signal.signal(signal.SIGTERM, _interrupt)
     with _ray():
         resolved = resolve(settings, machine(may_grow=False))
         print(resolved.table(), flush=True)
@@ -47,7 +45,7 @@ def run(settings: Settings, address: HttpOptions, name: str, route_prefix: str) 
             threading.Event().wait()
         except KeyboardInterrupt:
             print("\nFinishing the answers that run; Ctrl-C again ends them now.", file=sys.stderr, flush=True)
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            _drain(name)
     return 0
 
 
@@ -57,6 +55,7 @@ def _ray() -> Iterator[None]:
     directory = tempfile.mkdtemp(prefix="mixtral-", dir="/tmp")
     for logger in ("ray", "ray.serve"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)
     try:
         ray.init(
             address="local",
@@ -66,6 +65,7 @@ def _ray() -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=directory,
         )
+        _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)  # again: Ray has put its own handler there
         yield
     finally:
         ray.shutdown()
@@ -98,5 +98,19 @@ def _check_port_free(address: HttpOptions) -> None:
             ) from None
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _drain(application: str) -> None:
+    """Take the application away, which waits for its answers. They have a deadline each, so this ends."""
+    while True:
+        try:
+            serve.delete(application)
+        except TimeoutError:
+            continue
+        return
+
+
+def _treat_as_interrupt(*signals: signal.Signals) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
