@@ -125,6 +125,11 @@ def gumbel(rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -
     hash_RV ^= key_R2[:, 1:]
     hash_RV *= _signed(0x846CA68B)
     hash_RV ^= (hash_RV >> 16) & 0xFFFF
+    return noise(hash_RV)
+
+
+def noise(hash_RV: Tensor) -> Tensor:
+    """Gumbel noise from random int32s."""
     # Uniform in (0, 1). What wins has a uniform close to 0, where a float is finest: hence log1p(-u), not log(u).
     # The clamp keeps the other end from rounding to 1, whose noise would be -inf.
     uniform_RV = ((hash_RV & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
@@ -132,7 +137,7 @@ def gumbel(rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -
 
 
 def _row_key(seed: int, index: int) -> int:
-    return _mix(_mix(seed & _MASK) + index & _MASK)
+    return _mix(_mix(seed) + index)
 
 
 _MASK = (1 << 64) - 1
