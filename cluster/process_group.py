@@ -59,7 +59,7 @@ def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | Non
     timeout = timedelta(seconds=rendezvous.timeout_s)
     if store is None:
         store = dist.TCPStore(
-            rendezvous.host, rendezvous.port, world_size=rendezvous.size, is_master=False, timeout=timeout
+            rendezvous.host, rendezvous.port, is_master=False, timeout=timeout, wait_for_workers=False
         )
     prefixed = dist.PrefixStore(f"epoch-{rendezvous.epoch}", store)
     match rendezvous.transport:

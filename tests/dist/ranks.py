@@ -1,7 +1,7 @@
 """Forked ranks for tests: one function run on 2, 4 or 8 processes that share a group.
 
-Forking takes a tenth of a second where spawning takes seconds; the price is that this process must never have
-started Ray, CUDA or a thread pool inside torch (threads are set to 1 before the first operation).
+Forking takes a tenth of a second where spawning takes seconds. The price: the parent must have started no
+threads that a child would miss, so Ray, CUDA and the rendezvous store all stay out of it (rank 0 opens the store).
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ def run_ranks(
     """
     context = multiprocessing.get_context("fork")
     rendezvous = Rendezvous(LOOPBACK, 0, size, transport=transport, timeout_s=timeout_s)
-    store = open_store(rendezvous)
-    rendezvous = rendezvous.at(store.port)
     pipes, processes = [], []
     for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = context.Pipe()
         process = context.Process(target=_rank_main, args=(theirs, rendezvous, rank, function, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
     try:
+        rendezvous = pipes[0].recv()
+        for pipe in pipes[1:]:
+            pipe.send(rendezvous)
         return _collect([pipe for rank, pipe in enumerate(pipes) if survivors is None or rank in survivors], timeout_s)
     finally:
         for process in processes:
@@ -70,9 +71,17 @@ def _rank_main(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        comm = join(rendezvous, rank, LOOPBACK)
-        answer = (None, function(comm, *args))
+        store = None
+        if rank == 0:
+            store = open_store(rendezvous)
+            rendezvous = rendezvous.at(store.port)
+            pipe.send(rendezvous)
+        else:
+            rendezvous = pipe.recv()
+        answer = (None, function(join(rendezvous, rank, LOOPBACK, store), *args))
     except BaseException:
         answer = (traceback.format_exc(), None)
     # As plain bytes: the pipe's own pickling would share tensors by handles that die with this process.
     pipe.send_bytes(pickle.dumps(answer))
+    # The parent ends us: the store must outlive the last rank that looks for it.
+    pipe.poll(None)
