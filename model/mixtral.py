@@ -8,11 +8,14 @@ V: vocabulary.  H, G: this rank's query and key-value heads.  C: head_dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from model.attention import paged_attention
+from model.attention_plan import AttentionPlan, Planner
 from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
@@ -49,8 +52,10 @@ class Mixtral:
         self._stages.start("head")
         x_TD = self._embed(batch.token_ids_T)
         cos_T1C, sin_T1C = self._rotary.angles(batch.position_T, x_TD.dtype)
+        planner = Planner(kv.page_size, self.config.sliding_window, x_TD.dtype, x_TD.device)
+        step = Step(cos_T1C, sin_T1C, batch.slot_T, planner.plan(batch.spans), kv, exchange)
         for block in self._blocks:
-            x_TD = block(x_TD, cos_T1C, sin_T1C, batch, kv, exchange)
+            x_TD = block(x_TD, step)
         self._stages.start("head")
         x_RD = x_TD.index_select(0, batch.logits_rows)
         return rms_norm(x_RD, self._weights.norm_D, self.config.rms_norm_eps)
@@ -82,6 +87,18 @@ class Mixtral:
         return x_TD
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all blocks of one step share."""
+
+    cos_T1C: Tensor
+    sin_T1C: Tensor
+    slot_T: Tensor
+    attention: AttentionPlan
+    kv: KVCache
+    exchange: Exchange
+
+
 class Block:
     """One transformer block."""
 
@@ -94,13 +111,10 @@ class Block:
         self._heads = weights.output.in_features // C
         self._kv_heads = (weights.qkv.out_features // C - self._heads) // 2
 
-    def __call__(
-        self, x_TD: Tensor, cos_T1C: Tensor, sin_T1C: Tensor, batch: Batch, kv: KVCache, exchange: Exchange
-    ) -> Tensor:
-        weights, epsilon, start = self._weights, self._config.rms_norm_eps, self._stages.start
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        weights, epsilon, start, exchange = self._weights, self._config.rms_norm_eps, self._stages.start, step.exchange
         start("attention")
-        normed_TD = rms_norm(x_TD, weights.attention_norm_D, epsilon)
-        partial_TD = self._attention(normed_TD, cos_T1C, sin_T1C, batch, kv)
+        partial_TD = self._attention(rms_norm(x_TD, weights.attention_norm_D, epsilon), step)
         start("exchange")
         x_SD = exchange.share(x_TD) + exchange.reduce(partial_TD)
         start("router")
@@ -115,12 +129,11 @@ class Block:
         x_SD = x_SD + exchange.combine(dispatched, y_ND).to(x_SD.dtype)
         return exchange.gather(x_SD)
 
-    def _attention(self, x_TD: Tensor, cos_T1C: Tensor, sin_T1C: Tensor, batch: Batch, kv: KVCache) -> Tensor:
+    def _attention(self, x_TD: Tensor, step: Step) -> Tensor:
         H, G, C = self._heads, self._kv_heads, self._config.head_dim
         heads_THC = self._weights.qkv(x_TD).view(len(x_TD), H + 2 * G, C)
-        rotated_THC = rotate(heads_THC[:, : H + G], cos_T1C, sin_T1C)
+        rotated_THC = rotate(heads_THC[:, : H + G], step.cos_T1C, step.sin_T1C)
         query_THC, key_TGC, value_TGC = rotated_THC[:, :H], rotated_THC[:, H:], heads_THC[:, H + G :]
-        kv.write(self._layer, batch.slot_T, key_TGC, value_TGC)
-        memory, window = kv.layer(self._layer), self._config.sliding_window
-        out_THC = paged_attention(query_THC, key_TGC, value_TGC, batch, memory, kv.page_size, window)
+        step.kv.write(self._layer, step.slot_T, key_TGC, value_TGC)
+        out_THC = paged_attention(query_THC, key_TGC, value_TGC, step.kv.layer(self._layer), step.attention)
         return self._weights.output(out_THC.view(len(x_TD), H * C))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import MAX_RUNS, Part, attend, merge, paged_attention, slot_runs
-from model.batch import Batch, SequenceSpan, page_runs
+from model.attention import MAX_RUNS, Part, attend, merge, paged_attention
+from model.attention_plan import SHORT_CONTEXT, Planner, slot_runs
+from model.batch import SequenceSpan, page_runs
 
 PAGE = 4
 
@@ -62,10 +63,9 @@ class Case:
         self.new_keys, self.new_values = torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])
 
     def computed(self, window: int | None) -> Tensor:
-        nothing = torch.empty(0, dtype=torch.int64)
-        batch = Batch(nothing, nothing, nothing, self.spans, nothing)
         key, value = self.memory
-        return paged_attention(self.query, self.new_keys, self.new_values, batch, (key, value), PAGE, window)
+        plan = Planner(PAGE, window, self.query.dtype, self.query.device).plan(self.spans)
+        return paged_attention(self.query, self.new_keys, self.new_values, (key, value), plan)
 
     def expected(self, window: int | None) -> Tensor:
         queries = self.query.split([span.length for span in self.spans])
@@ -114,9 +114,8 @@ def test_the_number_of_runs_changes_nothing(runs: int) -> None:
     query = torch.randn(1, 4, 8, generator=generator)
     pages = [2 * page for page in range(runs)]
     tokens = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in pages])
-    nothing = torch.empty(0, dtype=torch.int64)
-    batch = Batch(nothing, nothing, nothing, (SequenceSpan(0, 1, runs * PAGE, page_runs(pages)),), nothing)
-    found = paged_attention(query, key[:1], value[:1], batch, (key, value), PAGE, None)
+    plan = Planner(PAGE, None, query.dtype, query.device).plan([SequenceSpan(0, 1, runs * PAGE, page_runs(pages))])
+    found = paged_attention(query, key[:1], value[:1], (key, value), plan)
     torch.testing.assert_close(found.double(), reference(query, key[tokens], value[tokens], None), rtol=1e-5, atol=1e-5)
 
 
@@ -127,3 +126,11 @@ def test_parts_merge_to_the_whole_whatever_their_scale() -> None:
     query = torch.randn(3, 4, 8, generator=generator)
     parts: list[Part] = [attend(query, key[i : i + 10], value[i : i + 10]) for i in (0, 10, 20)]
     torch.testing.assert_close(merge(parts), attend(query, key, value)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_go_together_only_with_their_like() -> None:
+    contexts = [40, 300, 60, 5, 33, SHORT_CONTEXT]
+    spans = [SequenceSpan(row, 1, context, ((100 * row, 100),)) for row, context in enumerate(contexts)]
+    plan = Planner(PAGE, None, torch.float32, torch.device("cpu")).plan(spans)
+    assert [group.row_B.tolist() for group in plan.together] == [[0, 2, 4]]
+    assert sorted(one.rows.start for one in plan.alone) == [1, 3, 5]
