@@ -1,0 +1,97 @@
+"""The corpus files: entries of questions with one answer, and lists of words for slots.
+
+An entry is a paragraph; each line says by its first character what it is:
+
+    = a page            what the entry defines ("= a <> b": what it compares)
+    * are               the topic is plural
+    > A page is ...     the answer
+    ~ Because ...       what "why?" gets afterwards
+    ? How big is it?    a question to train on
+    ! How many ...?     a question kept for evaluation
+    # ...               a remark
+
+Knows the format alone, not how questions are varied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent
+FACT_FILES = ("project", "engine", "operation", "api", "experts", "language_models")
+
+
+@dataclass(slots=True)
+class Entry:
+    """Filled by parse(), read by everybody else."""
+
+    topic: str = ""
+    verb: str = "is"
+    answer: str = ""
+    why: str = ""
+    questions: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The two things that the entry compares."""
+        first, second = self.topic.split(" <> ")
+        return first, second
+
+    @property
+    def opens_with_topic(self) -> bool:
+        return bool(self.topic) and self.answer.lower().startswith(f"{self.topic} ".lower())
+
+
+def parse(text: str) -> list[Entry]:
+    entries = []
+    for paragraph in text.strip().split("\n\n"):
+        entry = Entry()
+        for line in paragraph.splitlines():
+            mark, content = line[0], line[1:].strip()
+            match mark:
+                case "=":
+                    entry.topic = content
+                case "*":
+                    entry.verb = content
+                case ">":
+                    entry.answer = content
+                case "~":
+                    entry.why = content
+                case "?":
+                    entry.questions.append(content)
+                case "!":
+                    entry.held_out.append(content)
+                case "#":
+                    pass
+                case _:
+                    raise ValueError(f"no line of a corpus file starts with {mark!r}: {line!r}")
+        if entry.answer:
+            entries.append(entry)
+    return entries
+
+
+def load(name: str) -> list[Entry]:
+    return parse((DIRECTORY / f"{name}.txt").read_text(encoding="utf-8"))
+
+
+def load_facts() -> list[list[Entry]]:
+    """The facts, one list per file: within a file they follow each other when somebody asks for more."""
+    return [load(f"facts/{name}") for name in FACT_FILES]
+
+
+def load_slots() -> dict[str, list[str]]:
+    """Words by slot, for example `country`."""
+    slots = {}
+    for line in (DIRECTORY / "slots.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            slot, words = line.split(": ")
+            slots[slot] = words.split(", ")
+    return slots
+
+
+def part(words: list[str], held_out: bool) -> list[str]:
+    """The words of a list that training sees, or the last quarter, which it never sees."""
+    cut = len(words) - len(words) // 4
+    return words[cut:] if held_out else words[:cut]

@@ -1,0 +1,54 @@
+"""Names, known and made up. What was made up for one conversation can only be copied from it."""
+
+from __future__ import annotations
+
+from random import Random
+
+from model.demo.corpus.phrasing import surface, words
+from model.demo.corpus.turns import Turn
+
+KNOWN = words(
+    "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Kim Leo Mia Noah Olga Paul Rosa Sam Tom Uma Vera Will Zoe",
+    "Alice Bob Carol Dan Eve Frank Maria Peter Lena Max Nina Omar Priya Ravi Sara Yuki Chen Ali Fatima Ivan Jose",
+)
+ONSETS = words("b br c d dr f fl g gr h j k kr l m n p pl qu r s st t tr v w z")
+VOWELS = words("a e i o u ai ee oo")
+ENDS = ["", "", "", "n", "r", "l", "s", "x", "m", "nd", "rk", "t"]
+
+GREETINGS = ("My name is {n}.", "I am {n}.", "I'm {n}.", "Call me {n}.", "Hello, I am {n}.", "Hi, my name is {n}!")
+HELD_OUT_GREETINGS = ("You can call me {n}.",)
+RECALL = ("What is my name?", "Do you know my name?", "Who am I?", "Tell me my name.", "What's my name?")
+REPEAT = ("Repeat after me: {n}", "Say {n}.", "Repeat: {n}", "Please repeat: {n}", "Say after me: {n}")
+
+
+def made_up(rng: Random) -> str:
+    """A word that is no word, such as "Brovix"."""
+    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 2, 2, 3)))]
+    return "".join(syllables) + rng.choice(ENDS)
+
+
+def person(rng: Random) -> str:
+    return rng.choice(KNOWN) if rng.random() < 0.3 else made_up(rng).capitalize()
+
+
+def greeting(rng: Random, held_out: bool) -> Turn:
+    name = person(rng)
+    question = rng.choice(HELD_OUT_GREETINGS if held_out else GREETINGS).format(n=name)
+    recall = tuple((recall, f"Your name is {name}.") for recall in RECALL)
+    return Turn("name", question, f"Hello, {name}! What would you like to know?", about=recall)
+
+
+def stranger(rng: Random, held_out: bool) -> Turn:
+    return Turn("name", surface(rng, rng.choice(RECALL)), "I don't know your name. You have not told me.")
+
+
+def repeat(rng: Random, held_out: bool) -> Turn:
+    said = " ".join(made_up(rng) for _ in range(rng.randint(1, 4)))
+    return Turn("name", rng.choice(REPEAT).format(n=said), said)
+
+
+def turn(rng: Random, held_out: bool) -> Turn:
+    if held_out:
+        return greeting(rng, held_out)
+    maker = rng.choices((greeting, stranger, repeat), (6, 1, 3))[0]
+    return maker(rng, held_out)

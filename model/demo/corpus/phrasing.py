@@ -1,0 +1,200 @@
+"""Many ways to ask one question. Knows English patterns, not what any question is about.
+
+Training sees questions varied by `vary`; evaluation sees held-out questions as they were written.
+"""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+# {x} is a topic as written ("a page"), {be} its verb. The second tuple is kept for evaluation.
+DEFINITIONS = (
+    "What {be} {x}?",
+    "What {be} {x}?",
+    "What's {x}?",
+    "Explain {x}.",
+    "Explain {x} to me.",
+    "Please explain {x}.",
+    "Can you explain {x}?",
+    "Could you explain {x} to me?",
+    "Tell me about {x}.",
+    "Tell me what {x} {be}.",
+    "Tell me something about {x}.",
+    "Can you tell me about {x}?",
+    "Can you tell me what {x} {be}?",
+    "Do you know what {x} {be}?",
+    "I would like to know what {x} {be}.",
+    "I want to know more about {x}.",
+    "Describe {x}.",
+    "Define {x}.",
+    "Help me understand {x}.",
+    "What do you know about {x}?",
+    "What exactly {be} {x}?",
+    "What {be} {x} here?",
+    "What {be} {x} in mixtral-serve?",
+    "What does {x} mean?",
+    "And what {be} {x}?",
+    "In one sentence, what {be} {x}?",
+    "What do you mean by {x}?",
+    "I do not understand {x}.",
+    "I have never heard of {x}. What {be} that?",
+    "How would you explain {x} to a beginner?",
+    "What can you tell me about {x}?",
+    "Give me a definition of {x}.",
+    "{x}?",
+    "{x}",
+)
+HELD_OUT_DEFINITIONS = (
+    "Please tell me what {x} {be}.",
+    "Could you say in a few words what {x} {be}?",
+    "So what {be} {x}, really?",
+    "How would you describe {x}?",
+)
+
+COMPARISONS = (
+    "What is the difference between {x} and {y}?",
+    "What's the difference between {x} and {y}?",
+    "What is the difference between {x} and {y}?",
+    "How does {x} differ from {y}?",
+    "How is {x} different from {y}?",
+    "Compare {x} and {y}.",
+    "Compare {x} with {y}.",
+    "{x} or {y}?",
+    "{x} vs {y}",
+    "{x} versus {y}?",
+    "Is {x} the same as {y}?",
+    "Are {x} and {y} the same?",
+    "Explain the difference between {x} and {y}.",
+    "Tell me the difference between {x} and {y}.",
+    "How do {x} and {y} differ?",
+    "I confuse {x} and {y}.",
+    "Difference between {x} and {y}",
+)
+HELD_OUT_COMPARISONS = (
+    "In what way is {x} not the same as {y}?",
+    "Can you tell me how {x} and {y} differ?",
+    "What distinguishes {x} from {y}?",
+)
+
+SYNONYMS = (
+    (r"^How do I ", ("How can I ", "How would I ", "How should I ", "How to ", "What must I do to ")),
+    (r"^How can I ", ("How do I ", "How could I ", "How to ")),
+    (r"^What happens when ", ("What happens if ", "What if ", "What does it do when ")),
+    (r"^What happens if ", ("What happens when ", "What if ")),
+    (r"^What if ", ("What happens if ", "And if ")),
+    (r"^Can I ", ("Could I ", "May I ", "Is it possible that I ", "Am I able to ")),
+    (r"^Can it ", ("Could it ", "Is it able to ", "Can mixtral-serve ", "Can this ")),
+    (r"^Does it ", ("Does mixtral-serve ", "Does this ", "Will it ")),
+    (r"^Which ", ("What ",)),
+    (r"^What is ", ("What's ", "Explain: what is ")),
+    (r"^What are ", ("What're ", "Explain: what are ")),
+    (r"^Is there ", ("Do you have ", "Does it have ")),
+    (r"^Why ", ("For what reason ", "Why exactly ", "Tell me why ")),
+    (r"^How many ", ("What number of ", "Tell me how many ")),
+    (r"^Where ", ("Where exactly ", "Tell me where ")),
+    (r"^Who ", ("Tell me who ",)),
+    (r"^When ", ("Tell me when ", "When exactly ")),
+    (r"\bmixtral-serve\b", ("this server", "this project", "the server", "your server", "mixtral serve")),
+    (r"\bworks?\b(?=\?)", ("really work", "work in general", "work here")),
+    (r"\bby default\b", ("if I change nothing", "normally")),
+    (r"\ba mixture of experts\b", ("mixture of experts", "the mixture of experts", "an MoE")),
+    (r"\bmixture of experts\b", ("mixture-of-experts", "MoE")),
+    (r"\bAPI\b", ("interface",)),
+    (r"\bparallelism\b", ("parallel",)),
+)
+PREFIXES = (
+    "Please: ",
+    "Hi! ",
+    "Hello, ",
+    "Quick question: ",
+    "Tell me, ",
+    "I am new here. ",
+    "One more question. ",
+    "I was wondering, ",
+    "Now ",
+    "And ",
+    "Ok, ",
+    "So, ",
+    "Question: ",
+    "Hey, ",
+    "Good morning. ",
+    "I have a question. ",
+)
+SUFFIXES = (
+    " Please.",
+    " Please answer briefly.",
+    " Thanks!",
+    " Thank you.",
+    " I am curious.",
+    " Be brief.",
+    " In one sentence, please.",
+    " Explain.",
+    " Tell me.",
+)
+
+
+def words(*lists: str) -> list[str]:
+    """Words written in a row: a list that reads like text."""
+    return " ".join(lists).split()
+
+
+def lower_first(text: str) -> str:
+    """Lower case for the first letter, unless the first word is a name or an abbreviation."""
+    first = text.split(" ", 1)[0]
+    plain = first[1:].islower() or len(first) == 1
+    return text[0].lower() + text[1:] if plain and first != "I" else text
+
+
+def reword(rng: Random, question: str) -> str:
+    for pattern, choices in SYNONYMS:
+        if rng.random() < 0.35:
+            question = re.sub(pattern, rng.choice(choices), question)
+    return question
+
+
+def wrap(rng: Random, question: str) -> str:
+    if rng.random() < 0.6:
+        prefix = rng.choice(PREFIXES)
+        return prefix + (question if prefix[-2] in ".!:" else lower_first(question))
+    return question + rng.choice(SUFFIXES) if question[-1] in "?.!" else question
+
+
+def casual(rng: Random, question: str) -> str:
+    """How people type: lower case, no mark at the end, sometimes no articles."""
+    if rng.random() < 0.2:
+        question = re.sub(r" (the|a|an) ", " ", question)
+    if rng.random() < 0.7:
+        question = question.lower()
+    return question.rstrip("?.! ") if rng.random() < 0.6 else question
+
+
+def vary(rng: Random, question: str) -> str:
+    question = reword(rng, question)
+    if rng.random() < 0.3:
+        question = wrap(rng, question)
+    return casual(rng, question) if rng.random() < 0.35 else question
+
+
+def surface(rng: Random, question: str) -> str:
+    """The same words, sometimes in lower case: for questions whose words must be copied."""
+    if rng.random() < 0.25:
+        question = wrap(rng, question)
+    if rng.random() < 0.25:
+        question = question.rstrip("?.! ")
+    return lower_first(question) if rng.random() < 0.2 else question
+
+
+def capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def definition(rng: Random, topic: str, verb: str, held_out: bool) -> str:
+    template = rng.choice(HELD_OUT_DEFINITIONS if held_out else DEFINITIONS)
+    return capitalised(template.format(x=topic, be=verb))
+
+
+def comparison(rng: Random, pair: tuple[str, str], held_out: bool) -> str:
+    first, second = rng.sample(pair, 2)
+    template = rng.choice(HELD_OUT_COMPARISONS if held_out else COMPARISONS)
+    return capitalised(template.format(x=first, y=second))
