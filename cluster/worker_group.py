@@ -32,6 +32,7 @@ from model.comm import SoloComm
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"  # what ranks on one node meet on: nothing listens outside
+STOP_TIMEOUT_S = 5.0
 
 
 class PendingStep(Protocol):
@@ -101,7 +102,7 @@ class RayGroup:
         self._actors: list[Any] = []
         self._statuses: list[RankStatus] = []
         self._stopping = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._watches: list[Any] = []
 
     def start(self) -> int:
         import ray
@@ -129,8 +130,9 @@ class RayGroup:
                 fact.pid,
                 fact.node,
             )
-        self._watcher = threading.Thread(target=self._watch, name="watch-ranks", daemon=True)
-        self._watcher.start()
+        # One never-ending call per actor: it fails within milliseconds of the actor's death.
+        self._watches = [actor.watch.options(concurrency_group="control").remote() for actor in self._actors]
+        threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
         return num_pages
 
     def step(self, plan: StepPlan) -> PendingStep:
@@ -144,10 +146,10 @@ class RayGroup:
 
         self._stopping.set()
         for actor in self._actors:
-            with contextlib.suppress(Exception):  # it may be dead already
+            with contextlib.suppress(ray.exceptions.RayError):  # it may be dead already
                 ray.kill(actor)
-        if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join()
+        if self._watches:  # each ends with its actor
+            ray.wait(self._watches, num_returns=len(self._watches), timeout=STOP_TIMEOUT_S)
         self._statuses = [replace(status, state="dead") for status in self._statuses]
 
     def _join(self, num_pages: int) -> None:
@@ -182,17 +184,16 @@ class RayGroup:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 self._placement_group, placement_group_bundle_index=rank
             )
-        return ray.remote(_RayRank).options(**options).remote(rank, self._config, self._placement)
+        return ray.remote(**options)(_RayRank).remote(rank, self._config, self._placement)
 
     def _watch(self) -> None:
-        """Block on one never-ending call per actor: it fails within milliseconds of the actor's death."""
+        """Wait for the first death."""
         import ray
 
-        watches = [actor.watch.options(concurrency_group="control").remote() for actor in self._actors]
-        ready, _ = ray.wait(watches, num_returns=1)
+        ready, _ = ray.wait(self._watches, num_returns=1)
         if self._stopping.is_set():
             return
-        dead = watches.index(ready[0])
+        dead = self._watches.index(ready[0])
         status = self._statuses[dead]
         self._statuses[dead] = replace(status, state="dead")
         self._on_death(f"rank {dead} (pid {status.pid} on {status.node}) died")
