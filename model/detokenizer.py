@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_LONGEST_CHARACTER = 4  # bytes
+_LONGEST_UNFINISHED = 3  # bytes of a character that lacks its last
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class IncrementalDecoder:
         tail = b""  # enough of the prompt's end to hold an unfinished character
         for i in reversed(prompt_ids):
             tail = self._vocabulary.bytes_of((i,), self._skip_special_tokens) + tail
-            if len(tail) >= _LONGEST_CHARACTER:
+            if len(tail) >= _LONGEST_UNFINISHED:
                 break
         if tail:
             self._at_start = False

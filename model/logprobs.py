@@ -32,7 +32,7 @@ def logprobs(logits_RV: Tensor, ids_R: Tensor, top: int) -> Logprobs:
 def _sort_keys(x_RV: Tensor) -> Tensor:
     """Distinct int64s in the order of x, the lower id the larger where two are equal: top-k leaves ties open."""
     V = x_RV.shape[1]
-    # A float's bits order like an integer's, but for negative ones, which run backwards. + 0.0 turns -0.0 into 0.0.
-    bits_RV = (x_RV + 0.0).view(torch.int32)
+    # A float's bits order like an integer's, but for negative ones, which run backwards.
+    bits_RV = x_RV.view(torch.int32)
     ordered_RV = bits_RV ^ ((bits_RV >> 31) & 0x7FFFFFFF)
     return (ordered_RV.long() << 32) | torch.arange(V - 1, -1, -1, device=x_RV.device)

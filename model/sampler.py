@@ -33,7 +33,7 @@ class SamplingRow:
     temperature: float = 1.0  # 0: greedy, and the rest is ignored
     top_k: int = 0  # 0: off
     top_p: float = 1.0
-    min_p: float = 0.0
+    min_p: float = 0.0  # at most 1
     seed: int = 0  # any int; its low 64 bits count
     index: int = 0  # tokens generated before this one
 
@@ -71,7 +71,7 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def cutoff(scaled_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """The lowest scaled logit of each row that its filters leave in [R]. Scaled logits count down from 0."""
-    cutoff_R = scaled_RV.new_tensor([min(row.min_p, 1.0) for row in rows]).log()
+    cutoff_R = scaled_RV.new_tensor([row.min_p for row in rows]).log()
     by_rank = [r for r, row in enumerate(rows) if row.top_k > 0]
     by_mass = [r for r, row in enumerate(rows) if row.top_p < 1.0]
     least_R = torch.full_like(cutoff_R, -torch.inf)  # what top_k leaves in, alone

@@ -45,7 +45,7 @@ class Shield:
         )
 
     def _cover_text(self, text: str) -> str:
-        text = self._special.sub(lambda match: BREAK.join(match[0]), text.replace(BREAK, ""))
+        text = self._special.sub(lambda match: BREAK.join(match[0]), text)
         stem = text.rstrip()  # templates trim
         if any(stem[-length:] in self._beginnings for length in range(1, self._longest + 1)):
             return stem + BREAK + text[len(stem) :]

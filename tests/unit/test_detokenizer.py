@@ -94,6 +94,14 @@ def test_a_character_is_handed_out_with_its_last_byte(vocabulary: Vocabulary, te
     assert decoder.flush() == ""
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_the_prompt_began(cut: int) -> None:
+    vocabulary = Vocabulary(TABLE, SPECIAL, strips_leading_space=True, replaces_each_byte=True)
+    ids = [len(WORDS) + byte for byte in "😀".encode()]
+    decoder = IncrementalDecoder(vocabulary, [3, *ids[:cut]])
+    assert decoder.push(ids[cut:]) == "😀"
+
+
 def test_the_words_of_a_chat_and_of_a_completion() -> None:
     vocabulary = Vocabulary((b"<s>", b" The", b" capital"), frozenset({0}), True, True)
     assert IncrementalDecoder(vocabulary).push([1, 2]) == "The capital"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ import model.sampler
 from model.sampler import SamplingRow, noise, sample
 
 MASK = (1 << 64) - 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for a busy core make these small tensors a hundred times as slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def mix64(x: int) -> int:
@@ -49,7 +59,7 @@ def plain_kept(scaled: list[float], row: SamplingRow) -> list[int]:
                 break
         kept = [v for v in kept if scaled[v] >= scaled[last]]
     if row.min_p > 0.0:
-        kept = [v for v in kept if math.exp(scaled[v]) >= min(row.min_p, 1.0) * (1 - 1e-6)]
+        kept = [v for v in kept if math.exp(scaled[v]) >= row.min_p * (1 - 1e-6)]
     return kept
 
 
@@ -66,7 +76,7 @@ def random_row(rng: random.Random) -> SamplingRow:
     return SamplingRow(
         temperature=rng.choice([0.0, 0.3, 1.0, 1.0, 2.5]),
         top_k=rng.choice([0, 0, 1, 2, 7, 40, 10**6]),
-        top_p=rng.choice([1.0, 1.0, 0.01, 0.5, 0.9, 0.999]),
+        top_p=rng.choice([1.0, 1.0, 0.01, 0.5, 0.9, 0.999, 1 - 2**-53]),
         min_p=rng.choice([0.0, 0.0, 0.05, 1.0]),
         seed=rng.choice([0, 1, -1, 2**63, rng.getrandbits(64)]),
         index=rng.randrange(1000),
@@ -99,12 +109,8 @@ def test_a_row_draws_the_same_in_any_batch_and_order() -> None:
     order = rng.sample(range(len(rows)), len(rows))
     shuffled = sample(logits_RV[torch.tensor(order)], [rows[r] for r in order])
     assert shuffled.tolist() == together[torch.tensor(order)].tolist()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        assert sample(logits_RV, rows).tolist() == together.tolist()
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(2)
+    assert sample(logits_RV, rows).tolist() == together.tolist()
 
 
 def test_rounding_changes_few_draws() -> None:
@@ -139,7 +145,7 @@ def test_draws_follow_the_softmax(vary: str) -> None:
 
 def test_unlikely_tokens_among_many_are_drawn_as_often_as_they_should() -> None:
     """A vocabulary of equals: every id is as likely, the first and the last too."""
-    draws, vocab_size = 3000, 32000
+    draws, vocab_size = 1500, 32000
     ids = torch.cat(
         [
             sample(torch.zeros(500, vocab_size), [SamplingRow(seed=s + i) for i in range(500)])

@@ -194,8 +194,7 @@ def added_by_files(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("add", [added_by_config, added_by_files])
-def test_added_tokens(directory: Path, json_directory: Path, add: Callable[[Path], None]) -> None:
-    shutil.copy(MODELS["v1"], directory / "tokenizer.model")
+def test_added_tokens(directory: Path, add: Callable[[Path], None]) -> None:
     add(directory)
     tokenizer = load_tokenizer(directory)
     assert tokenizer.vocab_size == 32002
@@ -206,19 +205,6 @@ def test_added_tokens(directory: Path, json_directory: Path, add: Callable[[Path
     assert (ids[-1] == 32000) is swallowed
     assert tokenizer.decode(ids) == "<|im_start|>hi" + ("" if swallowed else "  ")
     assert tokenizer.token_text(32000) == "<|im_end|>"
-
-
-def test_tokenizer_json_learns_tokens_from_tokenizer_config(json_directory: Path, version: str, tmp_path: Path) -> None:
-    shutil.copytree(json_directory, tmp_path, dirs_exist_ok=True)
-    size = load_tokenizer(tmp_path).vocab_size
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {str(size): {"content": "<|im_start|>", "special": True}}
-    write_json(tmp_path / "tokenizer_config.json", config)
-    assert load_tokenizer(tmp_path).encode("<|im_start|>", add_special_tokens=False) == [size]
-    config["added_tokens_decoder"] = {str(size + 1): {"content": "<|im_start|>", "special": True}}
-    write_json(tmp_path / "tokenizer_config.json", config)
-    with pytest.raises(TokenizerError, match=f"is token {size + 1} in tokenizer_config.json but {size}"):
-        load_tokenizer(tmp_path)
 
 
 def byte_level(tmp_path: Path) -> Path:
@@ -232,6 +218,27 @@ def byte_level(tmp_path: Path) -> Path:
     library.decoder = decoders.ByteLevel()
     library.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
+
+
+def test_tokenizer_json_learns_tokens_from_tokenizer_config(tmp_path: Path) -> None:
+    size = load_tokenizer(byte_level(tmp_path)).vocab_size
+    added = {"content": "<|im_start|>", "special": True}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size): added}, "eos_token": "<end>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<|im_start|><end>") == [size, size + 1]
+    assert tokenizer.eos_ids == (size + 1,)
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size + 1): added}})
+    with pytest.raises(TokenizerError, match=f"is token {size + 1} in tokenizer_config.json but {size}"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_json_neither_truncates_nor_pads(tmp_path: Path) -> None:
+    data = json.loads((byte_level(tmp_path) / "tokenizer.json").read_text())
+    data["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    data["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    data["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    write_json(tmp_path / "tokenizer.json", data)
+    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("abcd")) == "abcd"
 
 
 def test_byte_level_tokenizer_json(tmp_path: Path) -> None:
