@@ -19,7 +19,7 @@ from model.attention_plan import AttentionPlan, Planner
 from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
-from model.exchange import Exchange
+from model.exchange import Exchange, OneRank
 from model.kv_cache import KVCache
 from model.layers import rms_norm
 from model.moe import route, run_experts
@@ -54,10 +54,15 @@ class Mixtral:
         cos_T1C, sin_T1C = self._rotary.angles(batch.position_T, x_TD.dtype)
         planner = Planner(kv.page_size, self.config.sliding_window, x_TD.dtype, x_TD.device)
         step = Step(cos_T1C, sin_T1C, batch.slot_T, planner.plan(batch.spans), kv, exchange)
-        for block in self._blocks:
+        *earlier, last = self._blocks
+        for block in earlier:
             x_TD = block(x_TD, step)
+        if isinstance(exchange, OneRank):
+            # No later token attends to what the last block gives: it need not go on with rows nobody asked for.
+            x_RD = last(x_TD, step, batch.logits_rows)
+        else:
+            x_RD = last(x_TD, step).index_select(0, batch.logits_rows)
         self._stages.start("head")
-        x_RD = x_TD.index_select(0, batch.logits_rows)
         return rms_norm(x_RD, self._weights.norm_D, self.config.rms_norm_eps)
 
     @torch.inference_mode()
@@ -111,10 +116,13 @@ class Block:
         self._heads = weights.output.in_features // C
         self._kv_heads = (weights.qkv.out_features // C - self._heads) // 2
 
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+    def __call__(self, x_TD: Tensor, step: Step, wanted: Tensor | None = None) -> Tensor:
+        """The block's output for all rows, or for the wanted ones alone; keys and values are written for all."""
         weights, epsilon, start, exchange = self._weights, self._config.rms_norm_eps, self._stages.start, step.exchange
         start("attention")
-        partial_TD = self._attention(rms_norm(x_TD, weights.attention_norm_D, epsilon), step)
+        partial_TD = self._attention(rms_norm(x_TD, weights.attention_norm_D, epsilon), step, wanted)
+        if wanted is not None:
+            x_TD = x_TD.index_select(0, wanted)
         start("exchange")
         x_SD = exchange.share(x_TD) + exchange.reduce(partial_TD)
         start("router")
@@ -129,11 +137,13 @@ class Block:
         x_SD = x_SD + exchange.combine(dispatched, y_ND).to(x_SD.dtype)
         return exchange.gather(x_SD)
 
-    def _attention(self, x_TD: Tensor, step: Step) -> Tensor:
+    def _attention(self, x_TD: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         H, G, C = self._heads, self._kv_heads, self._config.head_dim
         heads_THC = self._weights.qkv(x_TD).view(len(x_TD), H + 2 * G, C)
         rotated_THC = rotate(heads_THC[:, : H + G], step.cos_T1C, step.sin_T1C)
         query_THC, key_TGC, value_TGC = rotated_THC[:, :H], rotated_THC[:, H:], heads_THC[:, H + G :]
         step.kv.write(self._layer, step.slot_T, key_TGC, value_TGC)
         out_THC = paged_attention(query_THC, key_TGC, value_TGC, step.kv.layer(self._layer), step.attention)
-        return self._weights.output(out_THC.view(len(x_TD), H * C))
+        if wanted is not None:
+            out_THC = out_THC.index_select(0, wanted)
+        return self._weights.output(out_THC.view(-1, H * C))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from model.exchange import OneRank
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.shard import Shard
+from model.stages import Stages
 from tests.tiny import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -127,3 +129,59 @@ def test_transformers_agrees_however_texts_are_cut_into_steps(tmp_path: Path, se
     for seq, expected in enumerate(expected_logits(directory, texts)):
         error = (torch.cat(found[seq]) - expected).abs().max() / expected.abs().max()
         assert error < 2e-5, f"seed {seed}, sequence {seq}"
+
+
+def tiny_model(directory: Path, **overrides: Any) -> tuple[Mixtral, Callable[[], KVCache]]:
+    config = load_config(write_checkpoint(directory, **overrides))
+    weights = load_weights(directory, config, Shard(), dtype=torch.float32, device=CPU)
+    memory = {"num_pages": 16, "page_size": PAGE, "dtype": torch.float32, "device": CPU}
+    return Mixtral(config, weights), lambda: KVCache(config, Shard(), **memory)
+
+
+@pytest.mark.parametrize("wanted", [[], [4], [9, 2], [0, 0, 3]])
+def test_rows_whose_logits_are_not_wanted_change_nothing(tmp_path: Path, wanted: list[int]) -> None:
+    model, new_memory = tiny_model(tmp_path)
+    batch = Sequences([[7, 8, 9, 10, 11], [3, 4, 5, 6, 7]], 16, random.Random(0)).step([5, 5])
+    some = replace(batch, logits_rows=torch.tensor(wanted, dtype=torch.int64))
+    memories = new_memory(), new_memory()
+    whole, part = (model.forward(x, kv, OneRank(4)) for x, kv in zip((batch, some), memories, strict=True))
+    torch.testing.assert_close(part, whole[wanted], rtol=1e-5, atol=1e-5)
+    assert model.logits(part).shape == (len(wanted), 384)
+    for layer in range(2):
+        for one, other in zip(memories[0].layer(layer), memories[1].layer(layer), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_step_without_tokens(tmp_path: Path) -> None:
+    model, new_memory = tiny_model(tmp_path)
+    nothing = torch.empty(0, dtype=torch.int64)
+    hidden = model.forward(Batch(nothing, nothing, nothing, (), nothing), new_memory(), OneRank(4))
+    assert model.logits(hidden).shape == (0, 384)
+
+
+def test_time_is_booked_to_the_stages_of_a_step(tmp_path: Path) -> None:
+    stages = Stages()
+    config = load_config(write_checkpoint(tmp_path))
+    weights = load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU)
+    kv = KVCache(config, Shard(), num_pages=4, page_size=PAGE, dtype=torch.float32, device=CPU)
+    model = Mixtral(config, weights, stages=stages)
+    model.logits(model.forward(Sequences([[1, 2]], 4, random.Random(0)).step([2]), kv, OneRank(4)))
+    assert set(stages.take()) == {"attention", "router", "experts", "exchange", "head"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_stays_as_close_to_float32_as_transformers_does(tmp_path: Path, seed: int) -> None:
+    """Every expert takes every token: without routing, whose choices jump, errors are those of rounding alone."""
+    directory = write_checkpoint(tmp_path, seed=seed, num_experts_per_tok=4)
+    config = load_config(directory)
+    rng = random.Random(seed)
+    text = [rng.randrange(384) for _ in range(24)]
+    weights = load_weights(directory, config, Shard(), dtype=torch.bfloat16, device=CPU)
+    kv = KVCache(config, Shard(), num_pages=8, page_size=PAGE, dtype=torch.bfloat16, device=CPU)
+    model = Mixtral(config, weights)
+    ours = model.logits(model.forward(Sequences([text], 8, rng).step([24]), kv, OneRank(4)))
+    theirs = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        other = theirs(torch.tensor([text])).logits[0].float()
+    exact = expected_logits(directory, [text])[0]
+    assert (ours - exact).square().mean() < 1.5 * (other - exact).square().mean()
