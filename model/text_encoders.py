@@ -65,8 +65,9 @@ class SentencePieceEncoder:
             self._inside = self._opening
         added = _control_pieces(self._opening) | files.added
         names = {*files.named.values(), *files.extra_special}
-        for token in names - {token.content for token in added.values()}:
-            added[self._opening.piece_to_id(token)] = AddedToken(token, special=True)
+        for name in names - {token.content for token in added.values()}:
+            if (token_id := _piece_id(self._opening, name)) is not None:
+                added[token_id] = AddedToken(name, special=True)
         self._ids = {token.content: i for i, token in added.items()}
         self._finder = _finder(added.values())
         self.vocabulary = _sentencepiece_vocabulary(self._opening, added)
@@ -82,10 +83,7 @@ class SentencePieceEncoder:
         return ([bos_id] if bos_id >= 0 else []), []
 
     def id_of(self, token: str) -> int | None:
-        if token in self._ids:
-            return self._ids[token]
-        token_id: int = self._opening.piece_to_id(token)
-        return token_id if self._opening.id_to_piece(token_id) == token else None
+        return self._ids[token] if token in self._ids else _piece_id(self._opening, token)
 
     def encode(self, text: str, *, shielded: bool = False) -> list[int]:
         ids: list[int] = []
@@ -162,7 +160,7 @@ class TokenizersEncoder:
                         f"but {tokenizer.token_to_id(token.content)} in tokenizer.json"
                     )
         for content in (*self._files.named.values(), *self._files.extra_special):
-            if content not in known:
+            if content not in known and tokenizer.token_to_id(content) is not None:
                 _add(tokenizer, AddedToken(content, special=True))
         return tokenizer
 
@@ -172,6 +170,11 @@ def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken) -> None:
         token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=token.special
     )
     (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([added])
+
+
+def _piece_id(processor: sentencepiece.SentencePieceProcessor, piece: str) -> int | None:
+    token_id: int = processor.piece_to_id(piece)  # the unknown token's, where there is no such piece
+    return token_id if processor.id_to_piece(token_id) == piece else None
 
 
 def _encode_piece(processor: sentencepiece.SentencePieceProcessor, text: str, shielded: bool) -> list[int]:

@@ -44,8 +44,8 @@ class Tokenizer:
         self._encoder = encoder
         self._vocabulary: Vocabulary = encoder.vocabulary
         named = encoder.named | files.named
-        self.bos_id = encoder.id_of(named["bos_token"]) if "bos_token" in named else None
-        self._eos_id = encoder.id_of(named["eos_token"]) if "eos_token" in named else None
+        self.bos_id = _named_id(encoder, named, "bos_token")
+        self._eos_id = _named_id(encoder, named, "eos_token")
         # What generation may end with: the checkpoint's ids and the tokenizer's own, which fine-tunes often differ in.
         self.eos_ids = tuple(dict.fromkeys([*files.eos_ids, *([] if self._eos_id is None else [self._eos_id])]))
         before, after = encoder.added_by_default
@@ -131,6 +131,17 @@ class Tokenizer:
             elif (token_id := control[part]) is not None:
                 ids.append(token_id)
         return ids
+
+
+def _named_id(encoder: TextEncoder, named: Mapping[str, str], name: str) -> int | None:
+    if name not in named:
+        return None
+    token_id = encoder.id_of(named[name])
+    if token_id is None:
+        raise TokenizerError(
+            f"{name} is {named[name]!r}, which has no id: add it to added_tokens_decoder, or correct it"
+        )
+    return token_id
 
 
 def _checked(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from model.errors import TokenizerError
 
+_MOST_TOKENS = 1 << 20  # a table of all ids is built: a typing error must not take all memory
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -100,20 +101,29 @@ def _values(tokens: Any) -> list[Any]:
 
 def _added_tokens(directory: Path, config: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
     added = {
-        int(token_id): AddedToken(token, special=token in special)
+        _token_id(token_id): AddedToken(token, special=token in special)
         for token, token_id in read_json(directory / "added_tokens.json").items()
     }
     for token_id, token in config.get("added_tokens_decoder", {}).items():
         content = _content(token)
+        if not isinstance(token, dict):
+            token = {}
         if token.get("single_word"):
             raise TokenizerError(f"{directory / 'tokenizer_config.json'}: single_word of {content!r} is not supported")
-        added[int(token_id)] = AddedToken(
+        added[_token_id(token_id)] = AddedToken(
             content,
             special=bool(token.get("special")) or content in special,
             lstrip=bool(token.get("lstrip")),
             rstrip=bool(token.get("rstrip")),
         )
     return added
+
+
+def _token_id(value: Any) -> int:
+    """JSON spells an id as a number, or as text where it is a key."""
+    if str(value).isdecimal() and (token_id := int(value)) < _MOST_TOKENS:
+        return token_id
+    raise TokenizerError(f"an added token's id must be a whole number below {_MOST_TOKENS}, not {value!r}")
 
 
 def _eos_ids(directory: Path) -> tuple[int, ...]:

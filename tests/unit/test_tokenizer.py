@@ -173,6 +173,13 @@ def test_tokenizer_config_says_what_surrounds_a_text(directory: Path, config: An
     assert load_tokenizer(directory).encode("hi") == expected
 
 
+def test_a_name_without_an_id_is_plain_text(directory: Path) -> None:
+    plain = load_tokenizer(directory).encode("[PAD]")
+    write_json(directory / "tokenizer_config.json", {"pad_token": "[PAD]", "extra_special_tokens": {"x": "[X]"}})
+    assert load_tokenizer(directory).encode("[PAD]") == plain
+    assert load_tokenizer(directory).vocab_size == 32000
+
+
 def test_legacy_puts_a_space_after_special_tokens(directory: Path) -> None:
     spaced = load_tokenizer(directory).encode("<s> hi", add_special_tokens=False)
     plain = load_tokenizer(directory).encode("<s>hi", add_special_tokens=False)
@@ -223,10 +230,12 @@ def byte_level(tmp_path: Path) -> Path:
 def test_tokenizer_json_learns_tokens_from_tokenizer_config(tmp_path: Path) -> None:
     size = load_tokenizer(byte_level(tmp_path)).vocab_size
     added = {"content": "<|im_start|>", "special": True}
-    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size): added}, "eos_token": "<end>"})
+    named = {"eos_token": "!", "pad_token": "<pad>"}  # one has an id without being an added token, one has none
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size): added}, **named})
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("<|im_start|><end>") == [size, size + 1]
-    assert tokenizer.eos_ids == (size + 1,)
+    assert tokenizer.encode("<|im_start|>") == [size]
+    assert tokenizer.decode(tokenizer.encode("a!b<pad>")) == "ab<pad>"
+    assert tokenizer.vocab_size == size + 1
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {str(size + 1): added}})
     with pytest.raises(TokenizerError, match=f"is token {size + 1} in tokenizer_config.json but {size}"):
         load_tokenizer(tmp_path)
@@ -263,11 +272,22 @@ def broken(directory: Path, name: str, content: str) -> Path:
         ("tokenizer.json", "{", "is not valid JSON"),
         ("tokenizer.json", "[]", "must hold a JSON object"),
         ("tokenizer.json", "{}", "cannot be loaded"),
+        ("added_tokens.json", '{"<x>": -1}', "id must be a whole number below 1048576, not -1"),
+        ("added_tokens.json", '{"<x>": 1048576}', "id must be a whole number below 1048576"),
+        ("special_tokens_map.json", '{"eos_token": "<x>"}', "eos_token is '<x>', which has no id"),
+        ("special_tokens_map.json", '{"eos_token": 7}', "must be a string or have a string as content, not 7"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"9": {"content": "x", "single_word": true}}}',
+            "single_word",
+        ),
     ],
 )
-def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_broken_files_are_refused_in_words(directory: Path, name: str, content: str, message: str) -> None:
+    if name == "nothing.txt":
+        (directory / "tokenizer.model").unlink()
     with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(broken(tmp_path, name, content))
+        load_tokenizer(broken(directory, name, content))
 
 
 def test_a_decoder_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
