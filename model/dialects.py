@@ -158,17 +158,20 @@ def locate(dialect: Dialect, config: MixtralConfig, matrix: Matrix) -> Stored:
 
 def check_tensors(dialect: Dialect, config: MixtralConfig, infos: Mapping[str, TensorInfo], source: str) -> None:
     """Every tensor of the model is there in its shape, and nothing else is."""
-    expected = {}
+    expected = set()
     for matrix in all_matrices(config):
         stored = locate(dialect, config, matrix)
-        expected[stored.name] = stored.tensor_shape
-    missing = [name for name in expected if name not in infos]
-    if missing:
-        raise CheckpointError(f"{source}: {missing[0]} is missing, and {len(missing) - 1} more of {len(expected)}")
+        info = infos.get(stored.name)
+        if info is None:
+            raise CheckpointError(f"{source}: {stored.name} is missing from the {len(infos)} tensors that are there")
+        if info.shape != stored.tensor_shape:
+            raise CheckpointError(
+                f"{info.file}: {stored.name} has shape {info.shape}; its config promises {stored.tensor_shape}"
+            )
+        expected.add(stored.name)
+    if config.tie_word_embeddings:
+        expected.add(dialect.names["head"])  # saved or not, transformers takes the embedding, and so do we
     for name, info in infos.items():
-        if name not in expected:
-            if name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == dialect.names["head"]):
-                continue  # old files carry what can be computed; a tied head is the embedding, as transformers has it
+        # Old files carry rotary frequencies, which can be computed.
+        if name not in expected and not name.endswith(".rotary_emb.inv_freq"):
             raise CheckpointError(f"{info.file}: {shortened(name)} is no part of the Mixtral its config describes")
-        if info.shape != expected[name]:
-            raise CheckpointError(f"{info.file}: {name} has shape {info.shape}; its config promises {expected[name]}")

@@ -32,7 +32,7 @@ class KVCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        # Zeros, not empty: memory that is touched now cannot turn out to be missing in the middle of a request.
+        # The operating system hands out zeroed memory as it is first written: what nobody needs yet costs nothing.
         memory = torch.zeros(
             config.num_hidden_layers,
             2,

@@ -29,6 +29,18 @@ MAX_INDEX_BYTES = 64 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KNOWN_DTYPES = ", ".join(DTYPES)
 
+# What torch.load raises on files that are cut short, damaged, or hold more than tensors.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -99,8 +111,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except UNREADABLE as error:
+            reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(f"{path} is not a complete file of plain tensors: {reason}") from error
         if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
             raise CheckpointError(f"{path} must hold a dictionary of tensors")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,10 +138,12 @@ def test_mistral_files_give_hugging_faces_weights(
     assert_same(load(directory), expected)
 
 
-def test_fused_experts_give_the_same_weights(tmp_path: Path) -> None:
-    expected = load(write_checkpoint(tmp_path / "a"))
-    directory = write_checkpoint(tmp_path / "b")
-    save_file(fused(weights(CONFIG)), directory / "model.safetensors")
+def test_fused_experts_as_transformers_holds_them_give_the_same_weights(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    expected = load(directory)
+    model = transformers.MixtralForCausalLM.from_pretrained(directory)
+    assert model.state_dict().keys() == fused(weights(CONFIG)).keys()
+    save_file(model.state_dict(), directory / "model.safetensors")
     assert_same(load(directory), expected)
 
 
@@ -280,6 +283,14 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: Callable[[dict[str, Ten
         load(directory)
 
 
+def test_a_tied_head_that_was_saved_all_the_same_is_ignored(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(384, 64)}, directory / "model.safetensors")
+    found = load(directory)
+    assert torch.equal(found.head.weight_OI, found.embedding_VD)
+
+
 def test_buffers_of_old_files_are_ignored(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     load(changed(write_checkpoint(tmp_path), lambda t: t.update({name: torch.zeros(8)})))
@@ -367,6 +378,18 @@ def test_a_torch_file_of_anything_but_tensors_is_refused(tmp_path: Path, content
     else:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth"):
+        load(directory)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_truncated_torch_file_is_refused(tmp_path: Path, keep: float) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / "model.safetensors").unlink()
+    path = directory / "consolidated.00.pth"
+    torch.save(stacked(weights(CONFIG)), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match="not a complete file of plain tensors"):
         load(directory)
 
 

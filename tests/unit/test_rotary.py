@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+from model.checkpoint import halves_from_pairs
 from model.config import MixtralConfig
 from model.rotary import Rotary, rotate
 from tests.tiny import CONFIG
@@ -64,3 +65,14 @@ def test_products_of_rotated_heads_depend_on_distance_alone() -> None:
 
     torch.testing.assert_close(product(5, 2), product(105, 102), rtol=1e-4, atol=1e-4)
     assert not torch.isclose(product(5, 2), product(5, 3), atol=1e-3)
+
+
+def test_interleaved_pairs_reordered_turn_like_complex_numbers() -> None:
+    """What Mistral's files mean: dimensions 2i and 2i + 1 of a head are one complex number."""
+    rotary = Rotary(MixtralConfig.from_dict(CONFIG, "config.json"), torch.device("cpu"))
+    head_C = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    turns = torch.polar(torch.ones(8), 5 / 10000.0 ** (torch.arange(0, 16, 2) / 16))
+    expected = torch.view_as_real(torch.view_as_complex(head_C.view(8, 2)) * turns).flatten()
+    reordered = halves_from_pairs(head_C[:, None], 16).view(1, 1, 16)
+    found = rotate(reordered, *rotary.angles(torch.tensor([5]), torch.float32))
+    torch.testing.assert_close(found.flatten(), halves_from_pairs(expected[:, None], 16).flatten())
