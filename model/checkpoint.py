@@ -54,9 +54,20 @@ def load_weights(
         blocks = [loader.block(layer, queries, keys, held) for layer, held in enumerate(experts)]
         embedding = loader.tensor(Piece(Matrix("embedding"), rows=tokens))
         norm = loader.tensor(Piece(Matrix("norm")))
-        head = loader.linear(Piece(Matrix("embedding" if config.tie_word_embeddings else "head"), rows=tokens))
+        if config.is_language_model:
+            head = loader.linear(Piece(Matrix("embedding" if config.tie_word_embeddings else "head"), rows=tokens))
+        else:
+            head = loader.linear(Piece(Matrix("head")))
+        bias = loader.tensor(Piece(Matrix("head_bias"))) if config.has_head_bias else None
         loader.wait(progress)
-        return MixtralWeights(first_token, embedding.result(), tuple(b() for b in blocks), norm.result(), head.result())
+        return MixtralWeights(
+            first_token,
+            embedding.result(),
+            tuple(block() for block in blocks),
+            norm.result(),
+            head.result(),
+            None if bias is None else bias.result(),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,20 @@ from model.shard import Shard
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
+Architecture = Literal[
+    "MixtralForCausalLM",
+    "MixtralForSequenceClassification",
+    "MixtralForTokenClassification",
+    "MixtralForQuestionAnswering",
+]
+
+ARCHITECTURES = (
+    "MixtralForCausalLM",
+    "MixtralForSequenceClassification",
+    "MixtralForTokenClassification",
+    "MixtralForQuestionAnswering",
+)
+MAX_LABELS = 4096
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,11 +39,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 WITHOUT_EFFECT = (
     "_name_or_path",
     "attention_dropout",
-    "id2label",
+    "classifier_dropout",
     "initializer_range",
     "label2id",
     "model_type",
-    "num_labels",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -107,6 +120,9 @@ class MixtralConfig:
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]
     dtype: DtypeName | None  # as saved; None: the file does not say
+    architecture: Architecture = "MixtralForCausalLM"
+    labels: tuple[str, ...] = ()  # what a classifier's outputs mean; empty for a language model
+    token_classification_bias: bool = True
     without_effect: tuple[str, ...] = ()  # fields present that change nothing here
     unknown: tuple[str, ...] = ()  # fields present that nobody here knows: worth a warning
 
@@ -115,9 +131,6 @@ class MixtralConfig:
         """From Hugging Face's config.json. `source` names the file in errors."""
         fields = Fields(raw, source, {"num_local_experts": "num_experts"} if "num_experts" in raw else None)
         fields.only("model_type", "mixtral")
-        architectures = fields.raw("architectures")
-        if architectures not in (None, ["MixtralForCausalLM"]):
-            fields.refuse("architectures", 'must be ["MixtralForCausalLM"], the only model served here')
         fields.only("is_encoder_decoder", False)
         fields.only("quantization_config", {})
         fields.only("per_layer_config", {})
@@ -160,6 +173,7 @@ class MixtralConfig:
         length = fields.integer("max_position_embeddings", 4096 * 32, high=1 << 27)
         vocab = fields.integer("vocab_size", 32000, high=1 << 24)
         bos = fields.optional_integer("bos_token_id", low=0, high=vocab - 1)
+        architecture = read_architecture(fields)
         return cls(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -178,9 +192,26 @@ class MixtralConfig:
             bos_token_id=1 if fields.absent("bos_token_id") else bos,
             eos_token_id=fields.integers("eos_token_id", (2,), high=vocab - 1),
             dtype=read_dtype(fields),
+            architecture=architecture,
+            labels=read_labels(fields, architecture),
+            token_classification_bias=fields.boolean("token_classification_bias", True),
             without_effect=fields.present(WITHOUT_EFFECT),
             unknown=fields.left_over(),
         )
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.architecture == "MixtralForCausalLM"
+
+    @property
+    def has_head_bias(self) -> bool:
+        match self.architecture:
+            case "MixtralForTokenClassification":
+                return self.token_classification_bias
+            case "MixtralForQuestionAnswering":
+                return True
+            case _:
+                return False
 
     def head_slices(self, shard: Shard) -> tuple[range, range]:
         """The query heads of one tensor rank, and the key-value heads they look at.
@@ -210,6 +241,31 @@ def load_config(directory: Path) -> MixtralConfig:
     if mistral.is_file():
         return MixtralConfig.from_params(read_json(mistral), str(mistral))
     raise ConfigError(f"{directory} holds neither config.json nor params.json: point at a checkpoint directory")
+
+
+def read_architecture(fields: Fields) -> Architecture:
+    value = fields.raw("architectures")
+    if value is None:
+        return "MixtralForCausalLM"
+    if not isinstance(value, list) or len(value) != 1 or value[0] not in ARCHITECTURES:
+        fields.refuse("architectures", f"must name one of {', '.join(ARCHITECTURES)}")
+    return cast(Architecture, value[0])
+
+
+def read_labels(fields: Fields, architecture: Architecture) -> tuple[str, ...]:
+    """What each output of a classifier means: id2label, or LABEL_0, LABEL_1, ... as transformers names them."""
+    names, count = fields.table("id2label"), fields.integer("num_labels", 2, high=MAX_LABELS)
+    match architecture:
+        case "MixtralForCausalLM":
+            return ()
+        case "MixtralForQuestionAnswering":
+            return ("start", "end")
+    if not names:
+        return tuple(f"LABEL_{index}" for index in range(count))
+    labels = tuple(names.get(str(index)) for index in range(min(len(names), MAX_LABELS)))
+    if len(names) > MAX_LABELS or not all(isinstance(label, str) and len(label) <= 256 for label in labels):
+        fields.refuse("id2label", f"must map 0, 1, ... to at most {MAX_LABELS} names of at most 256 characters")
+    return cast("tuple[str, ...]", labels)
 
 
 def read_dtype(fields: Fields) -> DtypeName | None:

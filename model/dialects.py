@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from model.config import MixtralConfig
+from model.config import Architecture, MixtralConfig
 from model.errors import CheckpointError
 from model.tensor_files import TensorInfo, shortened
 
-TopPart = Literal["embedding", "norm", "head"]
+TopPart = Literal["embedding", "norm", "head", "head_bias"]
 BlockPart = Literal["attention_norm", "q", "k", "v", "o", "moe_norm", "router"]
 ExpertPart = Literal["gate", "up", "down"]
 Part = TopPart | BlockPart | ExpertPart
@@ -38,7 +38,7 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    names: Mapping[Part, str]
+    names: dict[Part, str]
     experts: Literal["separate", "fused", "stacked"]
     interleaved: bool  # rotary pairs lie beside each other (Mistral) and not half a head apart (Hugging Face)
 
@@ -68,6 +68,12 @@ HF_NAMES: dict[Part, str] = {
     "gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
     "up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
     "down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+}
+# A classifier has these instead of the language model's head.
+LABEL_HEADS: dict[Architecture, dict[Part, str]] = {
+    "MixtralForSequenceClassification": {"head": "score.weight"},
+    "MixtralForTokenClassification": {"head": "score.weight", "head_bias": "score.bias"},
+    "MixtralForQuestionAnswering": {"head": "qa_outputs.weight", "head_bias": "qa_outputs.bias"},
 }
 HF_FUSED_NAMES: dict[Part, str] = HF_NAMES | {
     "router": "model.layers.{layer}.mlp.gate.weight",
@@ -116,8 +122,10 @@ def find_dialect(infos: Mapping[str, TensorInfo], source: str) -> Dialect:
 def all_matrices(config: MixtralConfig) -> Iterator[Matrix]:
     yield Matrix("embedding")
     yield Matrix("norm")
-    if not config.tie_word_embeddings:
+    if not (config.is_language_model and config.tie_word_embeddings):
         yield Matrix("head")
+    if config.has_head_bias:
+        yield Matrix("head_bias")
     for layer in range(config.num_hidden_layers):
         for part in BLOCK_PARTS:
             yield Matrix(part, layer)
@@ -128,11 +136,16 @@ def all_matrices(config: MixtralConfig) -> Iterator[Matrix]:
 
 def locate(dialect: Dialect, config: MixtralConfig, matrix: Matrix) -> Stored:
     D, F, E, C = config.hidden_size, config.intermediate_size, config.num_local_experts, config.head_dim
-    name = dialect.names[matrix.part].format(layer=matrix.layer, expert=matrix.expert)
+    names = dialect.names if config.is_language_model else dialect.names | LABEL_HEADS[config.architecture]
+    name = names[matrix.part].format(layer=matrix.layer, expert=matrix.expert)
     fused, stacked = dialect.experts == "fused", dialect.experts == "stacked"
     match matrix.part:
-        case "embedding" | "head":
+        case "embedding":
             shape = (config.vocab_size, D)
+        case "head":
+            shape = (len(config.labels) or config.vocab_size, D)
+        case "head_bias":
+            return Stored(name, (len(config.labels),), (1, len(config.labels)))
         case "norm" | "attention_norm" | "moe_norm":
             return Stored(name, (D,), (1, D))
         case "q":
@@ -169,7 +182,7 @@ def check_tensors(dialect: Dialect, config: MixtralConfig, infos: Mapping[str, T
                 f"{info.file}: {stored.name} has shape {info.shape}; its config promises {stored.tensor_shape}"
             )
         expected.add(stored.name)
-    if config.tie_word_embeddings:
+    if config.is_language_model and config.tie_word_embeddings:
         expected.add(dialect.names["head"])  # saved or not, transformers takes the embedding, and so do we
     for name, info in infos.items():
         # Old files carry rotary frequencies, which can be computed.

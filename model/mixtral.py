@@ -67,10 +67,15 @@ class Mixtral:
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Scores of every token of the vocabulary, (R, V), float32, the same on every rank of the tensor group."""
+        """Scores of every token of the vocabulary, (R, V), float32, the same on every rank of the tensor group.
+
+        Of a classifier: of every label.
+        """
         self._stages.start("head")
-        logits_RV: Tensor = self._weights.head(hidden_RD).float()
-        if self._tensor.size == 1:
+        logits_RV = self._weights.head(hidden_RD).float()
+        if self._weights.head_bias is not None:
+            logits_RV += self._weights.head_bias
+        if self._tensor.size == 1 or not self.config.is_language_model:
             return logits_RV
         self._stages.start("exchange")
         rows = split_rows(self.config.vocab_size, self._tensor.size)

@@ -65,6 +65,11 @@ def test_other_spellings() -> None:
     [
         ({"model_type": "llama"}, "model_type"),
         ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+        ({"architectures": ["MixtralForCausalLM", "MixtralForQuestionAnswering"]}, "architectures"),
+        ({"architectures": "MixtralForCausalLM"}, "architectures"),
+        ({"architectures": ["MixtralForTokenClassification"], "id2label": {"1": "a", "2": "b"}}, "id2label"),
+        ({"architectures": ["MixtralForTokenClassification"], "id2label": {"0": "a" * 300}}, "id2label"),
+        ({"architectures": ["MixtralForTokenClassification"], "num_labels": 5000}, "num_labels"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -192,3 +197,15 @@ def test_every_rank_holds_the_key_value_heads_its_queries_look_at(heads: int, kv
             assert config.local_kv_heads(Shard(rank, size)) == len(keys)
             seen += queries
         assert seen == list(range(heads))
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_a_classifier_says_what_its_outputs_mean(kind: str) -> None:
+    architectures = [f"MixtralFor{kind}"]
+    assert read(architectures=architectures, id2label={"1": "bad", "0": "good"}).labels == ("good", "bad")
+    assert read(architectures=architectures).labels == ("LABEL_0", "LABEL_1")
+    assert read(architectures=architectures, num_labels=3).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_labels_of_a_language_model_mean_nothing() -> None:
+    assert read(id2label={"0": "x"}).labels == ()

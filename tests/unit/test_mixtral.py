@@ -20,7 +20,7 @@ from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.shard import Shard
 from model.stages import Stages
-from tests.tiny import write_checkpoint
+from tests.tiny import CONFIG, write_checkpoint
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -185,3 +185,30 @@ def test_bfloat16_stays_as_close_to_float32_as_transformers_does(tmp_path: Path,
         other = theirs(torch.tensor([text])).logits[0].float()
     exact = expected_logits(directory, [text])[0]
     assert (ours - exact).square().mean() < 1.5 * (other - exact).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"token_classification_bias": False}])
+def test_classifiers_are_those_of_transformers(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    labels = {} if kind == "QuestionAnswering" else {"id2label": {0: "a", 1: "b", 2: "c"}}
+    theirs = getattr(transformers, f"MixtralFor{kind}")(transformers.MixtralConfig(**CONFIG | labels | settings)).eval()
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter)  # norms and biases begin as ones and zeros, which would hide them
+    theirs.save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    model = Mixtral(config, load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU))
+    kv = KVCache(config, Shard(), num_pages=4, page_size=PAGE, dtype=torch.float32, device=CPU)
+    batch = Sequences([[5, 6, 7, 8, 9, 10]], 4, random.Random(0)).step([6])
+    found = model.logits(model.forward(batch, kv, OneRank(4)))
+    with torch.inference_mode():
+        answer = theirs(torch.tensor([[5, 6, 7, 8, 9, 10]]))
+    match kind:
+        case "SequenceClassification":
+            torch.testing.assert_close(found[-1], answer.logits[0], rtol=2e-5, atol=2e-5)
+        case "TokenClassification":
+            torch.testing.assert_close(found, answer.logits[0], rtol=2e-5, atol=2e-5)
+        case _:
+            expected = torch.stack((answer.start_logits[0], answer.end_logits[0]), dim=1)
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
