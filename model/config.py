@@ -7,15 +7,15 @@ Defaults are those of `transformers`, so that one file means one model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from model.errors import ConfigError
 from model.fields import Fields, read_json
+from model.rope_parameters import RopeParameters, read_rope
 from model.shard import Shard
 
-RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 Architecture = Literal[
@@ -32,7 +32,6 @@ ARCHITECTURES = (
     "MixtralForQuestionAnswering",
 )
 MAX_LABELS = 4096
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Training, bookkeeping, and what transformers' own forward pass does with its outputs.
@@ -82,26 +81,6 @@ MISTRAL_LENGTH = 32768  # what 8x7B was trained with; its params.json does not s
 
 
 @dataclass(frozen=True, slots=True)
-class RopeParameters:
-    """One dictionary of Hugging Face's, whichever way it was spelled. Fields that a type does not use stay unset."""
-
-    rope_type: RopeType = "default"
-    rope_theta: float = 1_000_000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int = 4096 * 32
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class MixtralConfig:
     vocab_size: int
     hidden_size: int
@@ -129,7 +108,8 @@ class MixtralConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:
         """From Hugging Face's config.json. `source` names the file in errors."""
-        fields = Fields(raw, source, {"num_local_experts": "num_experts"} if "num_experts" in raw else None)
+        renamed = "num_experts" in raw and "num_local_experts" not in raw
+        fields = Fields(raw, source, {"num_local_experts": "num_experts"} if renamed else None)
         fields.only("model_type", "mixtral")
         fields.only("is_encoder_decoder", False)
         fields.only("quantization_config", {})
@@ -173,6 +153,8 @@ class MixtralConfig:
         length = fields.integer("max_position_embeddings", 4096 * 32, high=1 << 27)
         vocab = fields.integer("vocab_size", 32000, high=1 << 24)
         bos = fields.optional_integer("bos_token_id", low=0, high=vocab - 1)
+        # Absent means transformers' default, null that no token ends a text.
+        eos = fields.integers("eos_token_id", (2,) if fields.absent("eos_token_id") else (), high=vocab - 1)
         architecture = read_architecture(fields)
         return cls(
             vocab_size=vocab,
@@ -190,7 +172,7 @@ class MixtralConfig:
             sliding_window=fields.optional_integer("sliding_window", high=1 << 27),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             bos_token_id=1 if fields.absent("bos_token_id") else bos,
-            eos_token_id=fields.integers("eos_token_id", (2,), high=vocab - 1),
+            eos_token_id=eos,
             dtype=read_dtype(fields),
             architecture=architecture,
             labels=read_labels(fields, architecture),
@@ -272,55 +254,3 @@ def read_dtype(fields: Fields) -> DtypeName | None:
     name = "torch_dtype" if fields.absent("dtype") else "dtype"
     fields.raw("torch_dtype")  # where a file says both, the newer spelling counts
     return cast("DtypeName | None", fields.choice(name, None, DTYPES))
-
-
-def read_rope(outer: Fields, max_position_embeddings: int, head_dim: int) -> RopeParameters:
-    """rope_theta beside rope_scaling (before transformers 5), or all of it in rope_parameters."""
-    scaling, parameters = outer.table("rope_scaling"), outer.table("rope_parameters")
-    theta = outer.number("rope_theta", 1_000_000.0, above=1.0)
-    original = outer.optional_integer("original_max_position_embeddings", high=1 << 27)
-    outer.only("partial_rotary_factor", 1.0)
-    fields = outer.nested("rope_scaling" if scaling else "rope_parameters", scaling or parameters)
-    kind = fields.choice("rope_type", None, ROPE_TYPES) or fields.choice("type", "default", ROPE_TYPES)
-    fields.raw("type")
-    fields.only("partial_rotary_factor", 1.0)
-    theta = fields.number("rope_theta", theta, above=1.0)
-    original = fields.optional_integer("original_max_position_embeddings", high=1 << 27) or original
-    original = original or max_position_embeddings
-    rope = RopeParameters(cast(RopeType, kind), theta, original_max_position_embeddings=original)
-    match rope.rope_type:
-        case "default":
-            pass
-        case "linear" | "dynamic":
-            rope = replace(rope, factor=fields.number("factor", None))
-        case "yarn":
-            rope = replace(
-                rope,
-                factor=fields.number("factor", None),
-                attention_factor=fields.optional_number("attention_factor"),
-                beta_fast=fields.number("beta_fast", 32.0),
-                beta_slow=fields.number("beta_slow", 1.0),
-                mscale=fields.optional_number("mscale"),
-                mscale_all_dim=fields.optional_number("mscale_all_dim"),
-                truncate=fields.boolean("truncate", True),
-            )
-        case "llama3":
-            rope = replace(
-                rope,
-                factor=fields.number("factor", None),
-                low_freq_factor=fields.number("low_freq_factor", None),
-                high_freq_factor=fields.number("high_freq_factor", None),
-            )
-            if rope.high_freq_factor <= rope.low_freq_factor:
-                fields.refuse("high_freq_factor", f"must be above low_freq_factor, {rope.low_freq_factor:g}")
-        case "longrope":
-            rope = replace(
-                rope,
-                factor=fields.number("factor", max_position_embeddings / original),
-                attention_factor=fields.optional_number("attention_factor"),
-                short_factor=fields.numbers("short_factor", length=head_dim // 2),
-                long_factor=fields.numbers("long_factor", length=head_dim // 2),
-            )
-    if left := fields.left_over():
-        fields.refuse(left[0], f"does not belong to rope_type {rope.rope_type}")
-    return rope

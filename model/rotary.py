@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import MixtralConfig, RopeParameters
+from model.config import MixtralConfig
+from model.rope_parameters import RopeParameters
 
 
 class Rotary:

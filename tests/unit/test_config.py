@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
-from model.config import MixtralConfig, RopeParameters, load_config
+from model.config import MixtralConfig, load_config
 from model.errors import ConfigError
+from model.rope_parameters import RopeParameters
 from model.shard import Shard
 from tests.tiny import CONFIG
 
@@ -52,6 +53,10 @@ def test_fields_nobody_knows_are_listed() -> None:
 
 def test_a_null_count_of_key_value_heads_means_one_for_each_query_head() -> None:
     assert read(num_key_value_heads=None).num_key_value_heads == 4
+
+
+def test_a_null_end_of_sequence_means_that_there_is_none() -> None:
+    assert read(eos_token_id=None).eos_token_id == ()
 
 
 def test_other_spellings() -> None:
