@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_the_environment_counts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("MIXTRAL_PARALLEL__TENSOR", "none at all")
     assert main(["serve"]) == 2
     assert "parallel.tensor: should be a valid integer" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    expected = f"mixtral-serve: cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import logging
 import os
 from pathlib import Path
 
+import httpx
 import pytest
 
 from deployments.auth import Keys
 from deployments.settings import Auth, SettingsError
-from tests.unit.fake_engine import MODEL, FakeEngine, http
+from tests.unit.fake_engine import MODEL, FakeEngine, app_for, http
 
 WITH_KEY = {"auth": {"api_keys_env": "KEYS"}}
 ENVIRONMENT = {"KEYS": "first, second"}
@@ -61,6 +62,17 @@ async def test_probes_need_none_and_see_little() -> None:
         assert (await client.get("/ready")).status_code == 200
         full = await client.get("/health", headers={"Authorization": "Bearer first"})
     assert "config" in full.json()
+
+
+async def test_probes_are_open_below_a_route_prefix() -> None:
+    """Serve leaves the prefix in the path and names it as root_path."""
+    app = app_for(FakeEngine(), WITH_KEY, ENVIRONMENT)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, root_path="/mixtral"), base_url="http://test"
+    ) as client:
+        assert (await client.get("/mixtral/health")).json() == {"status": "healthy"}
+        assert (await client.get("/mixtral/v1/models")).status_code == 401
+        assert (await client.get("/mixtral/mixtral/health")).status_code == 401
 
 
 def test_a_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
