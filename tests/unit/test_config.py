@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.config import MixtralConfig, load_config
 from model.errors import ConfigError
@@ -214,3 +217,21 @@ def test_a_classifier_says_what_its_outputs_mean(kind: str) -> None:
 
 def test_labels_of_a_language_model_mean_nothing() -> None:
     assert read(id2label={"0": "x"}).labels == ()
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+)
+NAMES = sorted(set(MixtralConfig.__dataclass_fields__) | {"architectures", "rope_scaling", "rope_theta", "id2label"})
+ROPE = st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "rope_theta", "long_factor"]), VALUES)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES), st.none() | ROPE)
+def test_whatever_a_config_holds_it_is_read_or_refused(changes: dict[str, Any], rope: dict[str, Any] | None) -> None:
+    raw = CONFIG | changes | ({"rope_scaling": rope} if rope else {})
+    with contextlib.suppress(ConfigError):
+        MixtralConfig.from_dict(raw, "config.json")
+    with contextlib.suppress(ConfigError):
+        MixtralConfig.from_params(MISTRAL | raw, "params.json")
