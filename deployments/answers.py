@@ -45,7 +45,7 @@ async def run(engine: Engine, requests: Sequence[Request], timeout_s: float, sil
                 yield None
                 continue
             if isinstance(item, asyncio.Task):
-                _raise_failure(item)
+                _reraise(item)
                 unfinished -= 1
             else:
                 _raise_if_failed(item[1])
@@ -67,7 +67,7 @@ async def _read(
     assert finish_reason is not None, f"the events of {request.request_id} ended without a finish_reason"
 
 
-def _raise_failure(reader: asyncio.Task[None]) -> None:
+def _reraise(reader: asyncio.Task[None]) -> None:
     try:
         reader.result()
     except EngineError as error:

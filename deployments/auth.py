@@ -29,7 +29,9 @@ class Keys:
         self._file = auth.api_keys_file
         self._file_state: tuple[int, int, int] | None = None
         self._from_file: frozenset[bytes] = frozenset()
-        self._from_variable = _digests((environment.get(auth.api_keys_env or "") or "").split(","))
+        self._from_variable = _digests(
+            environment.get(auth.api_keys_env or "", "").encode(errors="surrogateescape").split(b",")
+        )
         self.required = auth.api_keys_env is not None or auth.api_keys_file is not None
         if auth.api_keys_env is not None and not self._from_variable:
             raise SettingsError(f"auth.api_keys_env: the variable {auth.api_keys_env} holds no key.")
@@ -49,7 +51,7 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             return False
-        digest = sha256(key.strip().encode()).digest()
+        digest = sha256(key.strip().encode("latin-1")).digest()  # the header's own bytes
         # Compared with every key: stopping at the first match would tell where it stands.
         matches = [hmac.compare_digest(digest, known) for known in self._from_variable | self._from_file]
         return any(matches)
@@ -69,9 +71,9 @@ class Keys:
     def _read(self) -> None:
         assert self._file is not None
         state = self._stat()
-        with open(self._file, encoding="utf-8") as file:
+        with open(self._file, "rb") as file:
             lines = file.read(1 << 20).splitlines()
-        self._from_file = _digests(line for line in lines if not line.lstrip().startswith("#"))
+        self._from_file = _digests(line for line in lines if not line.lstrip().startswith(b"#"))
         self._file_state = state
 
     def _stat(self) -> tuple[int, int, int]:
@@ -98,5 +100,5 @@ class RequireKey:
         await self.app(scope, receive, send)
 
 
-def _digests(keys: Iterable[str]) -> frozenset[bytes]:
-    return frozenset(sha256(key.strip().encode()).digest() for key in keys if key.strip())
+def _digests(keys: Iterable[bytes]) -> frozenset[bytes]:
+    return frozenset(sha256(key.strip()).digest() for key in keys if key.strip())

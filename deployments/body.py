@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, NoReturn
 
@@ -10,6 +11,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import ApiError, invalid
+
+TIMEOUT_S = 60.0  # for a whole body to arrive: half of one holds a place among the requests
 
 
 class BodyLimit:
@@ -45,13 +48,17 @@ class BodyLimit:
         )
 
 
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     """The body as a JSON object. Numbers are finite and texts are encodable, so nothing below has to ask again."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         # Also what keeps a foreign web page from posting to a server on localhost without a preflight.
         raise invalid(f"Send the body with Content-Type: application/json, not {content_type[:60]!r}.")
-    body = await request.body()
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await request.body()
+    except TimeoutError:
+        raise invalid(f"The body did not arrive within {timeout_s:g} s.") from None
     try:
         value = json.loads(body.decode(), parse_constant=_not_a_number)
         if b"\\ud" in body.lower():  # may be half of a surrogate pair, which no tokenizer can encode

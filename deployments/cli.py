@@ -23,8 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from deployments.config_file import HttpOptions, read_config_file
-from deployments.greeting import greeting
-from deployments.resolve import resolve
+from deployments.resolve import Resolved, resolve
 from deployments.settings import Settings, SettingsError, environment, load
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
@@ -89,6 +88,23 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
             print("\nFinishing the answers that run; Ctrl-C again ends them now.", file=sys.stderr, flush=True)
             _drain(name)
     return 0
+
+
+def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str:
+    """What to paste next."""
+    host = "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104
+    host = f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{address.port}{route_prefix.rstrip('/')}"
+    auth = resolved.settings.auth
+    key = ' -H "Authorization: Bearer $KEY"' if auth.api_keys_env or auth.api_keys_file else ""
+    body = json.dumps(
+        {"model": resolved.model_names[0], "messages": [{"role": "user", "content": "Who are you?"}]},
+        ensure_ascii=False,
+    )
+    return (
+        f"{resolved.model_names[0]} answers at {url} (Ctrl-C ends it). Try:\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
+    )
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
-from deployments.cli import main
+from deployments.cli import greeting, main
 from deployments.config_file import HttpOptions, read_config_file
-from deployments.greeting import greeting
 from deployments.resolve import Resolved
 from deployments.settings import Settings, SettingsError
 

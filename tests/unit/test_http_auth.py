@@ -86,6 +86,10 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.Log
     os.replace(replacement, file)
     assert keys.accept("Bearer two")
     assert not keys.accept("Bearer one")
+    file.write_bytes("schlüssel\n".encode() + b"\xff\xfe\n")
+    assert keys.accept("Bearer " + "schlüssel".encode().decode("latin-1"))
+    file.write_text("two\n")
+    assert keys.accept("Bearer two")
     file.unlink()
     with caplog.at_level(logging.WARNING):
         assert keys.accept("Bearer two")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
+from deployments.body import read_json
 from deployments.errors import ApiError
 from deployments.field_table import markdown
 from deployments.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
@@ -150,6 +153,14 @@ async def test_a_hostile_body_is_a_400(content: bytes, message: str) -> None:
         response = await client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+async def test_half_a_body_is_not_waited_for_forever() -> None:
+    parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    parts.put_nowait({"type": "http.request", "body": b'{"prompt": ', "more_body": True})
+    request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, parts.get)
+    with pytest.raises(ApiError, match=r"did not arrive within 0\.01 s"):
+        await read_json(request, timeout_s=0.01)
 
 
 async def test_an_escaped_surrogate_pair_is_a_character() -> None:
