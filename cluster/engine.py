@@ -96,7 +96,8 @@ class Engine:
         key = self._keys[request.request_id] = f"{request.request_id}/{next(self._counter)}"
         stream = self._streams[key] = asyncio.Queue()
         self._inbox.put(_Add(key, request.prompt_ids, sampling))
-        text = AnswerText(self.tokenizer.incremental(request.prompt_ids), sampling.stop)
+        before = request.prompt_ids if request.continues_prompt else ()
+        text = AnswerText(self.tokenizer.incremental(before), sampling.stop)
         finished = False
         try:
             while not finished:

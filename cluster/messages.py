@@ -39,6 +39,7 @@ class Request:
     request_id: str
     prompt_ids: tuple[int, ...]  # never empty
     sampling: SamplingParams
+    continues_prompt: bool = True  # a completion's text goes on from the prompt's; a chat message is a text of its own
 
 
 @dataclass(frozen=True, slots=True)

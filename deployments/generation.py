@@ -92,7 +92,10 @@ class Generation:
         requests = [
             # The caller's request_id may come twice; the engine's must not.
             messages.Request(
-                f"{reply.id}-{secrets.token_hex(4)}-{index}", tuple(prompt), self._sampling(body, prompt, source)
+                f"{reply.id}-{secrets.token_hex(4)}-{index}",
+                tuple(prompt),
+                self._sampling(body, prompt, source),
+                continues_prompt=isinstance(body, CompletionRequest),
             )
             for index, prompt in enumerate(prompts)
         ]

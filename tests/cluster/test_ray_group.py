@@ -61,7 +61,7 @@ async def test_one_process_one_actor_and_two_actors_give_the_same_text(checkpoin
             assert os.getpid() not in {rank.pid for rank in ranks}
         finally:
             await engine.stop()
-        await _until(lambda: not any(Path(f"/proc/{rank.pid}").exists() for rank in ranks))
+        await _gone([rank.pid for rank in ranks])
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -103,6 +103,10 @@ async def test_a_checkpoint_that_cannot_be_read_is_named(checkpoint: Path, tmp_p
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         await launch(config(broken, 2))
+
+
+async def _gone(pids: list[int]) -> None:
+    await _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 async def _until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,11 @@ class LetterTokenizer:
 
     eos_ids = (EOS,)
 
+    def __init__(self) -> None:
+        self.decoded_after: list[tuple[int, ...]] = []
+
     def incremental(self, prompt_ids: Sequence[int] = ()) -> LetterTokenizer:
+        self.decoded_after.append(tuple(prompt_ids))
         return self
 
     def push(self, ids: Sequence[int]) -> str:
@@ -94,6 +99,13 @@ async def test_the_token_that_ends_an_answer_counts_but_has_no_text() -> None:
     assert [t for event in events for t in event.token_ids] == [*shown, end]
     assert "".join(event.text for event in events) == text_of(shown)
     assert events[-1].finish_reason == "stop"
+
+
+async def test_a_completion_is_decoded_after_its_prompt_and_a_message_by_itself() -> None:
+    async with running_engine() as engine:
+        await collect(engine, request("completion"))
+        await collect(engine, replace(request("message"), continues_prompt=False))
+        assert engine.tokenizer.decoded_after == [(5, 6), ()]  # type: ignore[attr-defined]
 
 
 async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
