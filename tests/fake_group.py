@@ -6,6 +6,8 @@ forgets a token or finds the wrong prefix gives wrong tokens here.
 
 from __future__ import annotations
 
+import threading
+
 from cluster.messages import RankStatus, StepPlan, StepResult, StepTimes
 from cluster.worker_group import PendingStep
 
@@ -26,12 +28,15 @@ class FakeGroup:
         self._sampling: dict[int, tuple[int, int]] = {}  # seq -> (seed, tokens sampled)
         self.plans: list[StepPlan] = []
         self.fail_with: Exception | None = None
+        self.tickets: threading.Semaphore | None = None  # each step takes one, and waits for it
         self.stopped = False
 
     def start(self) -> int:
         return self._num_pages
 
     def step(self, plan: StepPlan) -> PendingStep:
+        if self.tickets is not None:
+            self.tickets.acquire()
         if self.fail_with is not None:
             raise self.fail_with
         assert plan.step == len(self.plans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -137,11 +138,14 @@ async def test_closing_the_iterator_aborts_the_request() -> None:
 
 
 async def test_abort_ends_the_stream() -> None:
-    async with running_engine() as engine:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
+    async with running_engine(group) as engine:
         events = engine.generate(request(max_tokens=120))
         await anext(events)
         engine.abort("r")
         engine.abort("somebody else")
+        group.tickets.release()
         rest = [event async for event in events]
         assert rest[-1].finish_reason == "abort"
 
@@ -157,16 +161,22 @@ async def test_what_can_never_run_is_refused_with_both_numbers() -> None:
 
 
 async def test_an_id_in_use_is_refused() -> None:
-    async with running_engine() as engine:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
+    async with running_engine(group) as engine:
         events = engine.generate(request(max_tokens=100))
         await anext(events)
         with pytest.raises(RequestInvalid, match="already running"):
             await collect(engine, request())
+        group.tickets.release(100)
         await events.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_full_queue_is_said_before_any_work() -> None:
-    async with running_engine(scheduler=SchedulerConfig(max_running=1, max_step_tokens=16, max_waiting=1)) as engine:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
+    limits = SchedulerConfig(max_running=1, max_step_tokens=16, max_waiting=1)
+    async with running_engine(group, limits) as engine:
         first, second = (engine.generate(request(f"r{n}", max_tokens=100)) for n in range(2))
         await anext(first)
         waiting = asyncio.ensure_future(anext(second))
@@ -174,6 +184,7 @@ async def test_a_full_queue_is_said_before_any_work() -> None:
         with pytest.raises(QueueFull) as full:
             await collect(engine, request("r2"))
         assert full.value.retry_after_s > 0
+        group.tickets.release(300)
         await first.aclose()  # type: ignore[attr-defined]
         await waiting
         await second.aclose()  # type: ignore[attr-defined]
@@ -181,10 +192,12 @@ async def test_a_full_queue_is_said_before_any_work() -> None:
 
 async def test_a_failed_step_answers_everyone_and_makes_the_engine_unhealthy() -> None:
     group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
     async with running_engine(group) as engine:
         events = engine.generate(request(max_tokens=120))
         await anext(events)
         group.fail_with = RuntimeError("rank 1 died during a step")
+        group.tickets.release()
         rest = [event async for event in events]
         assert rest[-1].finish_reason == "error"
         assert rest[-1].error == "rank 1 died during a step"
@@ -194,10 +207,13 @@ async def test_a_failed_step_answers_everyone_and_makes_the_engine_unhealthy() -
 
 
 async def test_a_death_between_steps_is_told_at_once() -> None:
-    async with running_engine() as engine:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
+    async with running_engine(group) as engine:
         events = engine.generate(request(max_tokens=120))
         await anext(events)
         engine.fail("rank 0 died")
+        group.tickets.release()
         rest = [event async for event in events]
         assert (rest[-1].finish_reason, rest[-1].error) == ("error", "rank 0 died")
         assert not engine.ready
