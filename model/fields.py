@@ -35,20 +35,14 @@ class Fields:
     def absent(self, name: str) -> bool:
         return self._spelling.get(name, name) not in self._raw
 
-    def integer(self, name: str, default: int | None, *, low: int = 1, high: int) -> int:
+    def integer(self, name: str, default: int, *, low: int = 1, high: int) -> int:
         value = self.optional_integer(name, low=low, high=high)
-        if value is None:
-            value = default
-        if value is None:
-            self.refuse(name, "is missing")
-        return value
+        return default if value is None else value
 
     def optional_integer(self, name: str, *, low: int = 1, high: int) -> int | None:
         value = self.raw(name)
         if value is None:
             return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
         if type(value) is not int or not low <= value <= high:
             self.refuse(name, f"must be a whole number from {low} to {high}, not {shown(value)}")
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -431,3 +432,28 @@ def test_a_damaged_header_is_refused_or_means_the_same(tmp_path: Path) -> None:
         except CheckpointError:
             continue
         assert [x.shape for x in flattened(found)] == expected
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_checkpoint(tmp_path)
+    monkeypatch.setattr("model.tensor_files.os.preadv", lambda *arguments: 0)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* is cut short; the file changed"):
+        load(directory)
+
+
+def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_checkpoint(tmp_path)
+
+    def failing(*arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("model.tensor_files.os.preadv", failing)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Input/output error"):
+        load(directory)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_an_index_without_files_is_refused(tmp_path: Path, content: str) -> None:
+    (write_checkpoint(tmp_path) / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        load(tmp_path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,7 @@ def test_other_spellings() -> None:
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, "rope_scaling: beta_fast"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope_parameters: short_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [0.0] * 8}}, "rope_parameters: short_factor"),
         ({"rope_parameters": {"rope_theta": 1}}, "rope_parameters: rope_theta"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
@@ -179,6 +182,17 @@ def test_a_config_of_unreasonable_size_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(5 << 20)
     with pytest.raises(ConfigError, match="larger than"):
+        load_config(tmp_path)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def failing(self: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: Permission denied"):
         load_config(tmp_path)
 
 
