@@ -110,6 +110,7 @@ def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str
 @contextlib.contextmanager
 def _own_ray() -> Iterator[None]:
     import ray
+    import ray.serve  # its import sets the level of its logger, so it comes before ours
 
     # Not below TMPDIR: paths of sockets may have 107 characters, and Ray's own part takes most of them.
     directory = tempfile.mkdtemp(prefix="mixtral-", dir="/tmp")
