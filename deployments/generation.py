@@ -90,9 +90,8 @@ class Generation:
         self, request: Request, body: GenerationRequest, prompts: Sequence[Ids], reply: Reply, source: str
     ) -> Response:
         requests = [
-            # The caller's request_id may come twice; the engine's must not.
             messages.Request(
-                f"{reply.id}-{secrets.token_hex(4)}-{index}",
+                f"{reply.id}-{secrets.token_hex(4)}-{index}",  # a caller's request_id may come twice
                 tuple(prompt),
                 self._sampling(body, prompt, source),
                 continues_prompt=isinstance(body, CompletionRequest),

@@ -22,6 +22,7 @@ async def test_chat() -> None:
     assert engine.requests[0].prompt_ids == tuple(prompt)
     assert engine.requests[0].sampling.max_tokens == engine.max_model_len - len(prompt)
     assert engine.requests[0].sampling.temperature == 1
+    assert not engine.requests[0].continues_prompt
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 3)
     assert answer.usage.total_tokens == len(prompt) + 3
@@ -72,6 +73,7 @@ async def test_completions_of_several_prompts() -> None:
     assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "one two three"), (1, "one two three")]
     assert [request.prompt_ids for request in engine.requests] == [(1, 97), (1, 98, 99)]
     assert {request.sampling.max_tokens for request in engine.requests} == {16}
+    assert all(request.continues_prompt for request in engine.requests)
     assert len({request.request_id for request in engine.requests}) == 2
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 6)
