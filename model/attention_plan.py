@@ -24,8 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.batch import SequenceSpan
 
-# Up to this many keys calling a kernel costs more than copying what it reads.
-SHORT_CONTEXT = 256
+# A context whose keys take no more than this is copied: calling a kernel for it alone costs more (up to 15 times more
+# for tiny models). The copies of one group must stay in the processor's cache, else they cost more than they save.
+SHORT_BYTES = 128 << 10
+GROUP_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +54,28 @@ class AttentionPlan:
 @dataclass(frozen=True, slots=True)
 class Planner:
     page_size: int
+    bytes_per_key: int  # of all this rank's heads
     window: int | None  # keys a token sees, itself included; None: all
     dtype: torch.dtype  # of the queries: the kernel wants masks in the same
     device: torch.device
 
     def plan(self, spans: Sequence[SequenceSpan]) -> AttentionPlan:
-        # Lengths within a factor of two go together: padding costs at most as much again.
+        # Lengths within a factor of two go together: filling up costs at most as much again.
         short: defaultdict[int, list[SequenceSpan]] = defaultdict(list)
         alone: list[SequenceSpan] = []
         for span in spans:
             keys = span.context - self._oldest(span)
-            if span.length == 1 and keys <= SHORT_CONTEXT:
+            if span.length == 1 and keys * self.bytes_per_key <= SHORT_BYTES:
                 short[keys.bit_length()].append(span)
             else:
                 alone.append(span)
-        together = [group for group in short.values() if len(group) > 1]
-        alone += [group[0] for group in short.values() if len(group) == 1]
-        return AttentionPlan(tuple(map(self._alone, alone)), tuple(map(self._together, together)))
+        together: list[list[SequenceSpan]] = []
+        for bits, group in short.items():
+            size = GROUP_BYTES // ((1 << bits) * self.bytes_per_key)
+            together += [group[first : first + size] for first in range(0, len(group), size)]
+        alone += [group[0] for group in together if len(group) == 1]
+        groups = [group for group in together if len(group) > 1]
+        return AttentionPlan(tuple(map(self._alone, alone)), tuple(map(self._together, groups)))
 
     def _alone(self, span: SequenceSpan) -> Alone:
         rows = slice(span.row, span.row + span.length)

@@ -32,12 +32,14 @@ class KVCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        heads = config.local_kv_heads(shard)
+        self.bytes_per_key = heads * config.head_dim * dtype.itemsize
         # The operating system hands out zeroed memory as it is first written: what nobody needs yet costs nothing.
         memory = torch.zeros(
             config.num_hidden_layers,
             2,
             num_pages * page_size,
-            config.local_kv_heads(shard),
+            heads,
             config.head_dim,
             dtype=dtype,
             device=device,

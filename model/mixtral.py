@@ -53,7 +53,7 @@ class Mixtral:
         x_TD = self._embed(batch.token_ids_T)
         self._stages.start("attention")
         cos_T1C, sin_T1C = self._rotary.angles(batch.position_T, x_TD.dtype)
-        planner = Planner(kv.page_size, self.config.sliding_window, x_TD.dtype, x_TD.device)
+        planner = Planner(kv.page_size, kv.bytes_per_key, self.config.sliding_window, x_TD.dtype, x_TD.device)
         step = Step(cos_T1C, sin_T1C, batch.slot_T, planner.plan(batch.spans), kv, exchange)
         *earlier, last = self._blocks
         for block in earlier:

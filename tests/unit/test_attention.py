@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention import MAX_RUNS, Part, attend, merge, paged_attention
-from model.attention_plan import SHORT_CONTEXT, Planner, slot_runs
+from model.attention_plan import GROUP_BYTES, SHORT_BYTES, AttentionPlan, Planner, slot_runs
 from model.batch import SequenceSpan, page_runs
 
 PAGE = 4
@@ -64,7 +64,8 @@ class Case:
 
     def computed(self, window: int | None) -> Tensor:
         key, value = self.memory
-        plan = Planner(PAGE, window, self.query.dtype, self.query.device).plan(self.spans)
+        bytes_per_key = self.G * self.C * self.query.itemsize
+        plan = Planner(PAGE, bytes_per_key, window, self.query.dtype, self.query.device).plan(self.spans)
         return paged_attention(self.query, self.new_keys, self.new_values, (key, value), plan)
 
     def expected(self, window: int | None) -> Tensor:
@@ -114,7 +115,8 @@ def test_the_number_of_runs_changes_nothing(runs: int) -> None:
     query = torch.randn(1, 4, 8, generator=generator)
     pages = [2 * page for page in range(runs)]
     tokens = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in pages])
-    plan = Planner(PAGE, None, query.dtype, query.device).plan([SequenceSpan(0, 1, runs * PAGE, page_runs(pages))])
+    span = SequenceSpan(0, 1, runs * PAGE, page_runs(pages))
+    plan = Planner(PAGE, 64, None, query.dtype, query.device).plan([span])
     found = paged_attention(query, key[:1], value[:1], (key, value), plan)
     torch.testing.assert_close(found.double(), reference(query, key[tokens], value[tokens], None), rtol=1e-5, atol=1e-5)
 
@@ -128,9 +130,22 @@ def test_parts_merge_to_the_whole_whatever_their_scale() -> None:
     torch.testing.assert_close(merge(parts), attend(query, key, value)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_sequences_go_together_only_with_their_like() -> None:
-    contexts = [40, 300, 60, 5, 33, SHORT_CONTEXT]
-    spans = [SequenceSpan(row, 1, context, ((100 * row, 100),)) for row, context in enumerate(contexts)]
-    plan = Planner(PAGE, None, torch.float32, torch.device("cpu")).plan(spans)
+def planned(contexts: list[int], bytes_per_key: int) -> AttentionPlan:
+    spans = [SequenceSpan(row, 1, context, ((1000 * row, 1000),)) for row, context in enumerate(contexts)]
+    return Planner(PAGE, bytes_per_key, None, torch.float32, torch.device("cpu")).plan(spans)
+
+
+def test_sequences_go_together_with_their_like_while_short() -> None:
+    longest = SHORT_BYTES // 1024
+    plan = planned([40, longest + 1, 60, 5, 33, longest + 2, longest], 1024)
     assert [group.row_B.tolist() for group in plan.together] == [[0, 2, 4]]
-    assert sorted(one.rows.start for one in plan.alone) == [1, 3, 5]
+    assert sorted(one.rows.start for one in plan.alone) == [1, 3, 5, 6]
+
+
+def test_a_group_is_no_larger_than_a_cache_holds() -> None:
+    plan = planned([100] * 100, 1024)
+    rows = [row for group in plan.together for row in group.row_B.tolist()]
+    rows += [one.rows.start for one in plan.alone]
+    assert sorted(rows) == list(range(100))
+    assert len(plan.together) > 1
+    assert all(len(group.slots) * 1024 <= GROUP_BYTES for group in plan.together)
