@@ -48,7 +48,7 @@ class Sequences:
         self.free = free
 
     def step(self, lengths: list[int]) -> Batch:
-        spans, ids, positions, slots, last = [], [], [], [], []
+        spans, ids, positions, slots = [], [], [], []
         for seq, length in enumerate(lengths):
             if not length:
                 continue
@@ -61,9 +61,8 @@ class Sequences:
                 ids.append(self.texts[seq][position])
                 positions.append(position)
                 slots.append(self.pages[seq][position // PAGE] * PAGE + position % PAGE)
-            last += range(len(ids) - length, len(ids))
-        tensors = [torch.tensor(x, dtype=torch.int64) for x in (ids, positions, slots, last)]
-        return Batch(tensors[0], tensors[1], tensors[2], tuple(spans), tensors[3])
+        tensors = [torch.tensor(x, dtype=torch.int64) for x in (ids, positions, slots)]
+        return Batch(*tensors, tuple(spans), logits_rows=torch.arange(len(ids)))
 
 
 def random_config(rng: random.Random) -> dict[str, Any]:
