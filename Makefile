@@ -9,11 +9,15 @@ READY := $(VENV)/ready
 serve: $(READY)
 	$(BIN)/mixtral-serve serve serve_config.yaml
 
+# One pytest per folder: tests/dist forks, which no process with Ray or a used thread pool may do.
+FOLDERS := unit dist cluster e2e
+RUN_TESTS = set -e; for folder in $(FOLDERS); do echo "tests/$$folder"; $(BIN)/pytest -q tests/$$folder; done
+
 test: lint types
-	$(BIN)/pytest
+	@$(RUN_TESTS)
 
 test-all: lint types
-	MIXTRAL_TEST_ALL=1 $(BIN)/pytest
+	@export MIXTRAL_TEST_ALL=1; $(RUN_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

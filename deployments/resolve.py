@@ -137,6 +137,11 @@ def _device(settings: Settings, machine: Machine, reasons: dict[str, str]) -> De
         if machine.gpus == 0:
             return "cpu"
     wanted = settings.parallel.tensor
+    if wanted > 1:
+        raise SettingsError(
+            f"parallel.tensor: must be 1 on CUDA in this version (it has no NCCL transport), not {wanted}; "
+            "set it to 1, or set device: cpu."
+        )
     if machine.gpus < wanted and not machine.may_grow:
         raise SettingsError(
             f"parallel.tensor: {wanted} ranks need a GPU each and there are {machine.gpus}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def test_a_cpu_replica_asks_for_one_cpu_in_all(ranks: int, tmp_path: Path) -> No
 
 
 def test_a_cuda_replica_has_a_gpu_per_rank_and_a_core_for_the_ingress(tmp_path: Path) -> None:
-    result = resolved(tmp_path, Machine(64, 8), parallel={"tensor": 2, "cpus_per_rank": 3.0})
-    assert bundles(result) == [{"CPU": 4, "GPU": 1}, {"CPU": 3, "GPU": 1}]
+    result = resolved(tmp_path, Machine(64, 8), parallel={"cpus_per_rank": 3.0})
+    assert bundles(result) == [{"CPU": 4, "GPU": 1}]
+    two = replace(result, engine=replace(result.engine, parallel=replace(result.engine.parallel, tensor=2)))
+    assert bundles(two) == [{"CPU": 4, "GPU": 1}, {"CPU": 3, "GPU": 1}]
 
 
 def test_serve_lets_in_more_than_the_engine_admits(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_autos_on_a_laptop(checkpoint: Path) -> None:
 
 
 def test_autos_on_a_server(checkpoint: Path) -> None:
-    result = resolve(load({"model": str(checkpoint), "parallel": {"tensor": 4}}), SERVER)
+    result = resolve(load({"model": str(checkpoint)}), SERVER)
     assert result.engine.device == "cuda"
     assert (result.engine.parallel.cpus_per_rank, result.engine.parallel.threads_per_rank) == (1, 1)
 
@@ -165,7 +165,7 @@ def test_dtype(saved: str | None, wanted: str, machine: Machine, dtype: str, che
         ({"model": "mistralai/Mixtral-8x7B-v0.1"}, LAPTOP, "not a directory here.*nothing is downloaded.*or demo"),
         ({"parallel": {"tensor": 3}}, LAPTOP, "tensor parallel 3 does not fit 4 query"),
         ({"device": "cuda"}, LAPTOP, "1 ranks need a GPU each and there are 0; lower it, or set device: cpu"),
-        ({"parallel": {"tensor": 4}}, Machine(8, 2), "4 ranks need a GPU each and there are 2"),
+        ({"parallel": {"tensor": 4}}, SERVER, r"must be 1 on CUDA in this version \(it has no NCCL transport\), not 4"),
         ({"dtype": "float16"}, LAPTOP, "float16 is many times slower.*use bfloat16 or float32"),
         ({"max_model_len": 513}, LAPTOP, "513 is more than the checkpoint's own, 512"),
         ({"served_model_name": []}, LAPTOP, "at least one name"),
@@ -183,7 +183,7 @@ def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_gpus_that_may_come_later_are_waited_for(checkpoint: Path) -> None:
-    settings = load({"model": str(checkpoint), "device": "cuda", "parallel": {"tensor": 4}})
+    settings = load({"model": str(checkpoint), "device": "cuda"})
     assert resolve(settings, Machine(8, 0, may_grow=True)).engine.device == "cuda"
 
 

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from cluster.transport.shared_memory import DIRECTORY, Layout, PeerLost, SharedMemoryComm, create_file, supported
+from tests.threaded_ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
-
-
-def on_ranks(
-    size: int, function: Callable[[SharedMemoryComm], Any], area_bytes: int = 4096, timeout_s: float = 10
-) -> list[Any]:
-    layout = Layout(size, area_bytes)
-    path = create_file(layout)
-    with ThreadPoolExecutor(size) as threads:
-        futures = [
-            threads.submit(lambda r: function(SharedMemoryComm(path, r, layout, timeout_s)), rank)
-            for rank in range(size)
-        ]
-        results = [future.result() for future in futures]
-    assert not Path(path).exists()
-    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])

@@ -1,0 +1,25 @@
+"""Ranks as threads of one process, over the shared-memory transport: no fork, milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster.transport.shared_memory import Layout, SharedMemoryComm, create_file
+
+
+def on_ranks(
+    size: int, function: Callable[[SharedMemoryComm], Any], area_bytes: int = 4096, timeout_s: float = 10
+) -> list[Any]:
+    layout = Layout(size, area_bytes)
+    path = create_file(layout)
+    with ThreadPoolExecutor(size) as threads:
+        futures = [
+            threads.submit(lambda r: function(SharedMemoryComm(path, r, layout, timeout_s)), rank)
+            for rank in range(size)
+        ]
+        results = [future.result() for future in futures]
+    assert not Path(path).exists()
+    return results
