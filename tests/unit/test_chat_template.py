@@ -39,7 +39,8 @@ SECTIONS = """{%- set state = namespace(count=0) -%}
     {%- if loop.last and message.role == 'skip' %}{% break %}{% endif %}
 <|{{ message.role }}|>{{ state.count }} of {{ loop.length }}: {{ message.content }}{{ eos_token }}
 {% else %}nothing said{% endfor -%}
-{% if add_generation_prompt %}<|assistant|>{% endif %}{{ style | default('plain') }}{{ 2 ** 3 }}{{ [1] + [2] }}"""
+{% if add_generation_prompt %}<|assistant|>{% endif %}{{ style | default('plain') }}
+{{ 2 ** 3 * 2 }}{{ [1] + [2] }}{{ documents is none }}"""
 TOOLS = [
     {"type": "function", "function": {"name": "find", "description": "<b>'é'</b>", "parameters": {"x": [1, None]}}}
 ]
@@ -112,12 +113,12 @@ def test_a_loop_ends_when_its_time_is_up(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ 'ab' * 501 }}",
-        "{{ 501 * 'ab' }}",
-        "{{ [[1, 2] * 501] }}",
-        "{{ 'a' * 600 + 'b' * 600 }}",
-        "{{ 'a' * 600 ~ 'b' * 600 }}",
-        "{{ 10 ** 1000 }}",
+        "{{ ('ab' * 501) | length }}",
+        "{{ (501 * 'ab') | length }}",
+        "{{ ([1, 2] * 501) | length }}",
+        "{{ ('a' * 600 + 'b' * 600) | length }}",
+        "{{ ('a' * 600 ~ 'b' * 600) | length }}",
+        "{{ 10 ** 1000 > 1 }}",
         LOOP + "ab{% endfor %}",
         "{% set x %}" + LOOP + "ab{% endfor %}{% endset %}",
         "{% macro f() %}" + LOOP + "ab{% endfor %}{% endmacro %}{% set x = f() %}",

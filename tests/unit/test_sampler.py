@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import model.sampler
-from model.sampler import SamplingRow, noise, sample
+from model.sampler import SamplingRow, cutoff, noise, sample
 
 MASK = (1 << 64) - 1
 
@@ -96,6 +96,15 @@ def test_equals_the_plain_sampler(vocab_size: int, spread: float, step: float) -
         logits_RV = (logits_RV / step).round() * step
     expected = [plain_sample(logits, row) for logits, row in zip(logits_RV.double().tolist(), rows, strict=True)]
     assert sample(logits_RV, rows).tolist() == expected
+
+
+def test_top_p_takes_in_nothing_that_top_k_left_out() -> None:
+    """However the mass of what top_k left is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    scaled_RV = torch.randn(200, 3000, generator=generator) * 5
+    scaled_RV -= scaled_RV.amax(dim=-1, keepdim=True)
+    cutoff_R = cutoff(scaled_RV, [SamplingRow(top_k=2900, top_p=1 - 2**-53)] * 200)
+    assert ((scaled_RV >= cutoff_R[:, None]).sum(dim=-1) <= 2900).all()
 
 
 def test_a_row_draws_the_same_in_any_batch_and_order() -> None:

@@ -189,7 +189,7 @@ def test_legacy_puts_a_space_after_special_tokens(directory: Path) -> None:
 
 def added_by_config(directory: Path) -> None:
     decoder = {
-        "32000": {"content": "<|im_end|>", "special": True, "rstrip": True},
+        "32000": {"content": "<|im_end|>", "rstrip": True},  # special because eos_token names it
         "32001": {"content": "<|im_start|>"},
     }
     write_json(directory / "tokenizer_config.json", {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"})
@@ -212,6 +212,21 @@ def test_added_tokens(directory: Path, add: Callable[[Path], None]) -> None:
     assert (ids[-1] == 32000) is swallowed
     assert tokenizer.decode(ids) == "<|im_start|>hi" + ("" if swallowed else "  ")
     assert tokenizer.token_text(32000) == "<|im_end|>"
+    assert tokenizer.decode([0, 1, 2, 32000]) == ""
+
+
+def test_the_longest_added_token_is_found(directory: Path) -> None:
+    write_json(directory / "added_tokens.json", {"<x>": 32000, "<x>y": 32001})
+    assert load_tokenizer(directory).encode("<x>y<x>", add_special_tokens=False) == [32001, 32000]
+
+
+def test_without_a_prefix_space_a_text_begins_as_it_is_written(directory: Path) -> None:
+    write_json(directory / "tokenizer_config.json", {"add_prefix_space": False})
+    tokenizer = load_tokenizer(directory)
+    for text in ["hello", " hello", "<s>hello"]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 def byte_level(tmp_path: Path) -> Path:
