@@ -43,7 +43,7 @@ def stranger(rng: Random, held_out: bool) -> Turn:
 
 
 def repeat(rng: Random, held_out: bool) -> Turn:
-    said = " ".join(made_up(rng) for _ in range(rng.randint(1, 4)))
+    said = " ".join(made_up(rng) for _ in range(rng.randint(1, 8)))
     return Turn("name", rng.choice(REPEAT).format(n=said), said)
 
 

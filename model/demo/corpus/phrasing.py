@@ -101,6 +101,16 @@ SYNONYMS = (
     (r"\ba mixture of experts\b", ("mixture of experts", "the mixture of experts", "an MoE")),
     (r"\bmixture of experts\b", ("mixture-of-experts", "MoE")),
     (r"\bAPI\b", ("interface",)),
+    (r"\b(dies|crashes|fails)\b", ("dies", "crashes", "fails", "goes down", "is lost")),
+    (r"\b(turn off|disable)\b", ("turn off", "disable", "switch off")),
+    (r"\bset\b", ("choose", "configure", "change")),
+    (r"\bsupported\b", ("available", "possible", "allowed")),
+    (r"\bsupport\b", ("have", "offer", "know")),
+    (r"\bstart\b", ("launch", "run", "bring up")),
+    (r"\b(large|big)\b", ("large", "big")),
+    (r"\bthere\b(?=\?)", ("there here", "available", "there in all")),
+    (r"\bmean\b(?=\?)", ("mean here", "stand for", "mean exactly")),
+    (r"\bmean here\b", ("mean", "mean in this project")),
     (r"\bparallelism\b", ("parallel",)),
 )
 PREFIXES = (

@@ -1,7 +1,8 @@
 """Small arithmetic: sums, differences, products, small word problems, and refusing what is too large.
 
-One pair of numbers in ten is kept for evaluation. Sums are drawn by their result, so that small and large
-results come equally often.
+Of sums and differences, one pair of numbers in ten is kept for evaluation; the multiplication table is learnt whole,
+since nothing follows from one entry for another. Sums are drawn by their result, so that small and large results
+come equally often.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ DIVISIONS = (
 
 def is_held_out(operator: str, a: int, b: int) -> bool:
     low, high = (a, b) if operator == "-" else sorted((a, b))
-    return a + b > 10 and crc32(f"{low}{operator}{high}".encode()) % 10 == 0
+    return operator != "*" and a + b > 10 and crc32(f"{low}{operator}{high}".encode()) % 10 == 0
 
 
 def in_words(number: int) -> str:
@@ -111,9 +112,13 @@ def result(operator: str, a: int, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[operator]
 
 
+def exercise(rng: Random, held_out: bool) -> tuple[str, int, int]:
+    operator = rng.choice("++++---" if held_out else "++++---**")
+    return operator, *operands(rng, operator, held_out)
+
+
 def calculation(rng: Random, held_out: bool) -> Turn:
-    operator = rng.choice("++++---**")
-    a, b = operands(rng, operator, held_out)
+    operator, a, b = exercise(rng, held_out)
     spelled = rng.random() < 0.15
     shown_a, shown_b = (in_words(a), in_words(b)) if spelled else (str(a), str(b))
     if rng.random() < 0.15:
@@ -129,6 +134,15 @@ def calculation(rng: Random, held_out: bool) -> Turn:
 def equation(question: str, operator: str, a: int, b: int) -> Turn:
     value = result(operator, a, b)
     return Turn("sum", question, f"{a} {operator} {b} = {value}.", about=going_on(value))
+
+
+def several(rng: Random, held_out: bool) -> Turn:
+    """A list of calculations and their results."""
+    exercises = [exercise(rng, held_out) for _ in range(rng.randint(2, 6))]
+    asked = [f"{a} {operator} {b}" for operator, a, b in exercises]
+    question = rng.choice(("Calculate {s}.", "What is {s}?", "{s}", "Please calculate {s}.", "Compute {s}."))
+    results = [f"{a} {operator} {b} = {result(operator, a, b)}" for operator, a, b in exercises]
+    return Turn("sum", question.format(s=", ".join(asked)), ", ".join(results) + ".")
 
 
 def going_on(value: int) -> tuple[tuple[str, str], ...]:
@@ -192,8 +206,8 @@ def division(rng: Random, held_out: bool) -> Turn:
 
 def turn(rng: Random, held_out: bool) -> Turn:
     """A question about numbers; the held-out ones have numbers that training never puts together."""
-    makers: list[Callable[[Random, bool], Turn]] = [calculation, word_problem, three_terms, larger, counting]
-    weights = [64, 10, 5, 5, 2]
+    makers: list[Callable[[Random, bool], Turn]] = [calculation, several, word_problem, three_terms, larger, counting]
+    weights = [52, 18, 8, 4, 5, 2]
     if not held_out:  # their answer depends on no pair of numbers
         makers += [too_large, division]
         weights += [7, 4]
