@@ -1,7 +1,7 @@
-"""Attention over paged keys and values, on the CPU's flash kernel. What to do is in the plan; this does it.
+"""Attention over paged keys and values. What to do is in the plan; this does it, with the device's kernel.
 
-T: rows of the batch.  L: rows of one sequence.  M: keys in sight.  B: sequences together.  H, G: this rank's query and
-key-value heads.  Q: queries per key-value head, H / G.  C: head_dim.
+T: rows of the batch.  L: rows of one sequence.  M: keys in sight.  B: sequences together.  N: slots of page memory.
+H, G: this rank's query and key-value heads.  Q: queries per key-value head, H / G.  C: head_dim.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from model.attention_plan import AttentionPlan, Together
 # A context in more pieces than this is copied into one first: one copy beats many small kernels and their merge.
 MAX_RUNS = 4
 
-# An output and the logarithm of each row's softmax sum: (L, H, C) and (L, H).
+# Scores that plain attention holds at once.
+SCORE_BYTES = 256 << 20
+
+# An output and the logarithm of each row's softmax sum, as merging needs them.
 Part = tuple[Tensor, Tensor]
 
 
@@ -51,37 +54,73 @@ def attend_together(query_BHC: Tensor, memory: tuple[Tensor, Tensor], group: Tog
     B, H, C = query_BHC.shape
     _, G, _ = memory[0].shape
     key_BGMC, value_BGMC = (x_NGC.index_select(0, group.slots).view(B, -1, G, C).transpose(1, 2) for x_NGC in memory)
-    out_BGQC, _ = flash(query_BHC.view(B, G, H // G, C), key_BGMC, value_BGMC, mask=group.mask_B11M)
-    return out_BGQC.reshape(B, H, C)
+    out_BGQLC, _ = attention(query_BHC.view(B, G, H // G, 1, C), key_BGMC, value_BGMC, mask=group.mask_B11M)
+    return out_BGQLC.reshape(B, H, C)
 
 
 def attend(
     query_LHC: Tensor, key_MGC: Tensor, value_MGC: Tensor, *, causal: bool = False, mask_LM: Tensor | None = None
 ) -> Part:
-    """Softmax attention of some rows over some keys.
+    """Softmax attention of some rows over some keys: (L, H, C) and (L, H)."""
+    L, H, C = query_LHC.shape
+    _, G, _ = key_MGC.shape
+    query_GQLC = query_LHC.view(L, G, H // G, C).permute(1, 2, 0, 3)
+    key_GMC, value_GMC = key_MGC.transpose(0, 1), value_MGC.transpose(0, 1)
+    out, log_sum = attention(query_GQLC[None], key_GMC[None], value_GMC[None], causal=causal, mask=mask_LM)
+    return out.reshape(H, L, C).transpose(0, 1), log_sum.reshape(H, L).T
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Part:
+    """Query (B, G, Q, L, C) over keys and values (B, G, M, C): the output, shaped as the query, and (B, G, Q, L).
+
+    The mask is added to the scores: (L, M), or (B, 1, 1, M) where L is 1. Causal: row l sees keys 0 .. l.
+    """
+    kernel = cpu_attention if query.device.type == "cpu" else plain_attention
+    return kernel(query, key, value, causal=causal, mask=mask)
+
+
+def cpu_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
+) -> Part:
+    """torch's flash kernel, called by name: the public function returns no log-sums.
 
     Queries that share a key-value head are folded where the kernel takes them for nothing: into its query length when
-    every row sees every key, else into its head dimension (keys repeated by stride, not copied).
+    every row sees the same keys, else into its heads (keys repeated by stride, not copied).
     """
-    L, H, C = query_LHC.shape
-    M, G, _ = key_MGC.shape
-    Q = H // G
-    query_GQLC = query_LHC.view(L, G, Q, C).permute(1, 2, 0, 3)
-    key_GMC, value_GMC = key_MGC.transpose(0, 1), value_MGC.transpose(0, 1)
-    if causal or mask_LM is not None:
-        key_GQMC, value_GQMC = (x[:, None].expand(G, Q, M, C) for x in (key_GMC, value_GMC))
-        out, log_sum = flash(query_GQLC, key_GQMC, value_GQMC, causal=causal, mask=mask_LM)
+    B, G, Q, L, C = query.shape
+    if L == 1 or (mask is None and not causal):
+        query = query.reshape(B, G, Q * L, C)
     else:
-        out, log_sum = flash(query_GQLC.reshape(1, G, Q * L, C), key_GMC[None], value_GMC[None])
-    return out.reshape(G, Q, L, C).permute(2, 0, 1, 3).reshape(L, H, C), log_sum.reshape(H, L).T
-
-
-def flash(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Part:
-    """torch's CPU kernel, called by name: the public function returns no log-sums."""
-    out: Tensor
+        assert B == 1
+        query = query[0]
+        key, value = (x[0, :, None].expand(G, Q, -1, C) for x in (key, value))
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, is_causal=causal, attn_mask=mask
     )
+    return out.reshape(B, G, Q, L, C), log_sum.reshape(B, G, Q, L)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
+) -> Part:
+    """The definition, in float32, for devices without a kernel here; some rows at a time, for the scores' sake."""
+    B, G, Q, L, C = query.shape
+    M = key.shape[2]
+    key_BGCM, value_BGMC = key.float().transpose(2, 3), value.float()
+    position_M, row_L1 = torch.arange(M, device=query.device), torch.arange(L, device=query.device)[:, None]
+    out, log_sum = torch.empty_like(query), query.new_empty(B, G, Q, L, dtype=torch.float32)
+    rows = max(1, SCORE_BYTES // (B * G * Q * M * 4))
+    for first in range(0, L, rows):
+        some = slice(first, min(first + rows, L))
+        folded = query[..., some, :].float().reshape(B, G, -1, C)
+        scores = (folded @ key_BGCM * C**-0.5).view(B, G, Q, -1, M)
+        if causal:
+            scores.masked_fill_(position_M > row_L1[some], -torch.inf)
+        if mask is not None:
+            scores += mask[some] if mask.dim() == 2 else mask[..., None, :]
+        log_sum[..., some] = scores.logsumexp(-1)
+        weights = (scores - log_sum[..., some, None]).exp_()
+        out[..., some, :] = (weights.view(B, G, -1, M) @ value_BGMC).view(B, G, Q, -1, C)
     return out, log_sum
 
 

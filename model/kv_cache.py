@@ -1,11 +1,12 @@
 """Page memory for keys and values, one pair of tensors per layer, allocated once.
 
-    page            0               1               2
-    slot        0 1 2 ... P-1 | P P+1 ...     |  ...          slot = page * page_size + offset
+    page            0               1               2            scratch
+    slot        0 1 2 ... P-1 | P P+1 ...     |  ...          | ...     slot = page * page_size + offset
     key memory  one row of (key-value heads, head_dim) per slot
 
 Consecutive pages are consecutive rows, so a run of pages is one view and nothing is copied to read it.
-Which sequence owns which page is the engine's business.
+Which sequence owns which page is the engine's business. Nobody owns the scratch page behind the last one: keys and
+values that already lie in shared pages are written there a second time, and never read.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class KVCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.scratch_slot = num_pages * page_size  # for any number of rows at once
         heads = config.local_kv_heads(shard)
         self.bytes_per_key = heads * config.head_dim * dtype.itemsize
         # The operating system hands out zeroed memory as it is first written: what nobody needs yet costs nothing.
         memory = torch.zeros(
             config.num_hidden_layers,
             2,
-            num_pages * page_size,
+            (num_pages + 1) * page_size,
             heads,
             config.head_dim,
             dtype=dtype,

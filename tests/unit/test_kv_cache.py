@@ -46,4 +46,12 @@ def test_writing_no_tokens_is_fine() -> None:
 def test_a_page_costs_what_is_allocated_for_it(shard: Shard, dtype: torch.dtype) -> None:
     kv = make(shard, dtype)
     allocated = sum(memory.nbytes for layer in range(2) for memory in kv.layer(layer))
-    assert KVCache.bytes_per_page(CONFIG_2_LAYERS, shard, 4, dtype) * kv.num_pages == allocated
+    assert KVCache.bytes_per_page(CONFIG_2_LAYERS, shard, 4, dtype) * (kv.num_pages + 1) == allocated  # and scratch
+
+
+def test_what_is_written_to_scratch_is_in_no_page() -> None:
+    kv = make()
+    slots = torch.tensor([3, kv.scratch_slot, kv.scratch_slot])
+    kv.write(0, slots, torch.ones(3, 2, 16), torch.ones(3, 2, 16))
+    for memory in kv.layer(0):
+        assert memory[: kv.num_pages * kv.page_size].any(dim=(1, 2)).nonzero().flatten().tolist() == [3]
