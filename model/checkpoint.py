@@ -4,6 +4,10 @@
 
 How files spell tensors: dialects.py. How tensors lie in files: tensor_files.py.
 
+A rank asks its files for no byte that it does not hold. Rows of a matrix are one read. The columns that tensor
+parallelism cuts out of attention's output projection are a short read per row, for every rank anew; what two ranks of
+a node both touch comes from its page cache.
+
 O, I: features out and in.  D: model width.  C: head_dim.
 """
 
@@ -40,24 +44,25 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    check_finite: bool = False,
     progress: Progress | None = None,
 ) -> MixtralWeights:
-    """`progress` hears of bytes read and bytes in total, in the checkpoint's precision, from this thread."""
+    """`progress` hears of bytes read and bytes in total, in the checkpoint's precision, from this thread.
+
+    With `check_finite` a weight that is NaN or infinite is refused; it costs another pass over all of them.
+    """
     # Refuses an impossible layout before any file is opened.
     queries, keys = (scaled(heads, config.head_dim) for heads in config.head_slices(shard))
     vocabulary = split_rows(config.vocab_size, shard.tensor_size)
     first_token = sum(vocabulary[: shard.tensor_rank])
     tokens = range(first_token, first_token + vocabulary[shard.tensor_rank])
     with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(READERS) as pool:
-        loader = Loader(checkpoint, pool, dtype, device)
+        loader = Loader(checkpoint, pool, dtype, device, check_finite=check_finite)
         experts = [shard.experts(layer, config.num_local_experts) for layer in range(config.num_hidden_layers)]
         blocks = [loader.block(layer, queries, keys, held) for layer, held in enumerate(experts)]
         embedding = loader.tensor(Piece(Matrix("embedding"), rows=tokens))
         norm = loader.tensor(Piece(Matrix("norm")))
-        if config.is_language_model:
-            head = loader.linear(Piece(Matrix("embedding" if config.tie_word_embeddings else "head"), rows=tokens))
-        else:
-            head = loader.linear(Piece(Matrix("head")))
+        head = loader.linear(head_piece(config, tokens)) if config.has_head else None
         bias = loader.tensor(Piece(Matrix("head_bias"))) if config.has_head_bias else None
         loader.wait(progress)
         return MixtralWeights(
@@ -65,7 +70,7 @@ def load_weights(
             embedding.result(),
             tuple(block() for block in blocks),
             norm.result(),
-            head.result(),
+            None if head is None else head.result(),
             None if bias is None else bias.result(),
         )
 
@@ -77,6 +82,13 @@ class Piece:
     matrix: Matrix
     rows: range | None = None
     columns: range | None = None
+
+
+def head_piece(config: MixtralConfig, tokens: range) -> Piece:
+    """A language model's head is cut like its vocabulary, a classifier's lies whole on every rank."""
+    if config.is_language_model:
+        return Piece(Matrix("embedding" if config.tie_word_embeddings else "head"), rows=tokens)
+    return Piece(Matrix("head"))
 
 
 class Checkpoint:
@@ -110,8 +122,13 @@ class Checkpoint:
         return matrix.flatten() if len(stored.tensor_shape) == 1 else matrix
 
     def bytes_of(self, piece: Piece) -> int:
-        stored, rows, columns = self._where(piece)
-        return len(rows) * len(columns) * self._holder[stored.name].infos[stored.name].dtype.itemsize
+        _, rows, columns = self._where(piece)
+        return len(rows) * len(columns) * self.info_of(piece.matrix)[1].dtype.itemsize
+
+    def info_of(self, matrix: Matrix) -> tuple[str, TensorInfo]:
+        """The name and the place of the tensor that a matrix is, or is part of."""
+        name = locate(self._dialect, self._config, matrix).name
+        return name, self._holder[name].infos[name]
 
     def _where(self, piece: Piece) -> tuple[Stored, range, range]:
         stored = locate(self._dialect, self._config, piece.matrix)
@@ -141,12 +158,19 @@ class Loader:
     """Pieces on their way from files to where they multiply, a few at a time."""
 
     def __init__(
-        self, checkpoint: Checkpoint, pool: ThreadPoolExecutor, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        pool: ThreadPoolExecutor,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        check_finite: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._pool = pool
         self._dtype = dtype
         self._device = device
+        self._check_finite = check_finite
         self._bytes: dict[Future[Any], int] = {}
 
     def tensor(self, piece: Piece) -> Future[Tensor]:
@@ -202,7 +226,16 @@ class Loader:
 
     def _read(self, pieces: tuple[Piece, ...]) -> Tensor:
         parts = [self._checkpoint.read(piece).to(self._device, self._dtype) for piece in pieces]
+        if self._check_finite:
+            for piece, part in zip(pieces, parts, strict=True):
+                self._refuse_infinite(piece, part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _refuse_infinite(self, piece: Piece, part: Tensor) -> None:
+        if not all(extreme.isfinite() for extreme in part.aminmax()):  # of which both are NaN where one weight is
+            name, info = self._checkpoint.info_of(piece.matrix)
+            cast = "" if info.dtype == self._dtype else f", as saved or once cast to {self._dtype}"
+            raise CheckpointError(f"{info.file}: {name} holds NaN or infinity{cast}")
 
 
 def shifted(rows: range, by: int) -> range:

@@ -19,6 +19,7 @@ from model.shard import Shard
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 Architecture = Literal[
+    "MixtralModel",
     "MixtralForCausalLM",
     "MixtralForSequenceClassification",
     "MixtralForTokenClassification",
@@ -26,6 +27,7 @@ Architecture = Literal[
 ]
 
 ARCHITECTURES = (
+    "MixtralModel",
     "MixtralForCausalLM",
     "MixtralForSequenceClassification",
     "MixtralForTokenClassification",
@@ -186,6 +188,10 @@ class MixtralConfig:
         return self.architecture == "MixtralForCausalLM"
 
     @property
+    def has_head(self) -> bool:
+        return self.architecture != "MixtralModel"
+
+    @property
     def has_head_bias(self) -> bool:
         match self.architecture:
             case "MixtralForTokenClassification":
@@ -238,7 +244,7 @@ def read_labels(fields: Fields, architecture: Architecture) -> tuple[str, ...]:
     """What each output of a classifier means: id2label, or LABEL_0, LABEL_1, ... as transformers names them."""
     names, count = fields.table("id2label"), fields.integer("num_labels", 2, high=MAX_LABELS)
     match architecture:
-        case "MixtralForCausalLM":
+        case "MixtralForCausalLM" | "MixtralModel":
             return ()
         case "MixtralForQuestionAnswering":
             return ("start", "end")

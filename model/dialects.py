@@ -102,9 +102,18 @@ MISTRAL_STACKED_NAMES: dict[Part, str] = MISTRAL_NAMES | {
     "up": "layers.{layer}.block_sparse_moe.w3",
     "down": "layers.{layer}.block_sparse_moe.w2",
 }
+
+
+def without_prefix(names: dict[Part, str]) -> dict[Part, str]:
+    """As transformers saves a model without a head."""
+    return {part: name.removeprefix("model.") for part, name in names.items()}
+
+
 DIALECTS = (
     Dialect(HF_NAMES, "separate", interleaved=False),
     Dialect(HF_FUSED_NAMES, "fused", interleaved=False),
+    Dialect(without_prefix(HF_NAMES), "separate", interleaved=False),
+    Dialect(without_prefix(HF_FUSED_NAMES), "fused", interleaved=False),
     Dialect(MISTRAL_NAMES, "separate", interleaved=True),
     Dialect(MISTRAL_STACKED_NAMES, "stacked", interleaved=True),
 )
@@ -122,7 +131,7 @@ def find_dialect(infos: Mapping[str, TensorInfo], source: str) -> Dialect:
 def all_matrices(config: MixtralConfig) -> Iterator[Matrix]:
     yield Matrix("embedding")
     yield Matrix("norm")
-    if not (config.is_language_model and config.tie_word_embeddings):
+    if config.has_head and not (config.is_language_model and config.tie_word_embeddings):
         yield Matrix("head")
     if config.has_head_bias:
         yield Matrix("head_bias")
@@ -136,7 +145,7 @@ def all_matrices(config: MixtralConfig) -> Iterator[Matrix]:
 
 def locate(dialect: Dialect, config: MixtralConfig, matrix: Matrix) -> Stored:
     D, F, E, C = config.hidden_size, config.intermediate_size, config.num_local_experts, config.head_dim
-    names = dialect.names if config.is_language_model else dialect.names | LABEL_HEADS[config.architecture]
+    names = dialect.names | LABEL_HEADS.get(config.architecture, {})
     name = names[matrix.part].format(layer=matrix.layer, expert=matrix.expert)
     fused, stacked = dialect.experts == "fused", dialect.experts == "stacked"
     match matrix.part:

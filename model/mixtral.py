@@ -22,7 +22,7 @@ from model.config import MixtralConfig
 from model.exchange import Exchange, OneRank
 from model.kv_cache import KVCache
 from model.layers import rms_norm
-from model.moe import route, run_experts
+from model.moe import Routing, route, run_experts
 from model.rotary import Rotary, rotate
 from model.stages import Stages
 from model.weights import BlockWeights, MixtralWeights
@@ -47,14 +47,18 @@ class Mixtral:
         self._blocks = [Block(config, layer, block, self._stages) for layer, block in enumerate(weights.blocks)]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv: KVCache, exchange: Exchange) -> Tensor:
-        """Write the step's keys and values to their pages; the final hidden states of batch.logits_rows, (R, D)."""
+    def forward(self, batch: Batch, kv: KVCache, exchange: Exchange, routings: list[Routing] | None = None) -> Tensor:
+        """Write the step's keys and values to their pages; the final hidden states of batch.logits_rows, (R, D).
+
+        Who wants to know how tokens were routed gives a list: each block appends its routing of this rank's share of
+        the rows. With OneRank that of the last block is of batch.logits_rows alone, for it computes no others.
+        """
         self._stages.start("head")
         x_TD = self._embed(batch.token_ids_T)
         self._stages.start("attention")
         cos_T1C, sin_T1C = self._rotary.angles(batch.position_T, x_TD.dtype)
         planner = Planner(kv.page_size, kv.bytes_per_key, self.config.sliding_window, x_TD.dtype, x_TD.device)
-        step = Step(cos_T1C, sin_T1C, batch.slot_T, planner.plan(batch.spans), kv, exchange)
+        step = Step(cos_T1C, sin_T1C, batch.slot_T, planner.plan(batch.spans), kv, exchange, routings)
         *earlier, last = self._blocks
         for block in earlier:
             x_TD = block(x_TD, step)
@@ -70,8 +74,9 @@ class Mixtral:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, (R, V), float32, the same on every rank of the tensor group.
 
-        Of a classifier: of every label.
+        Of a classifier: of every label. A model without a head has none.
         """
+        assert self._weights.head is not None
         self._stages.start("head")
         logits_RV = self._weights.head(hidden_RD).float()
         if self._weights.head_bias is not None:
@@ -108,6 +113,7 @@ class Step:
     attention: AttentionPlan
     kv: KVCache
     exchange: Exchange
+    routings: list[Routing] | None
 
 
 class Block:
@@ -133,9 +139,11 @@ class Block:
         x_SD = exchange.share(x_TD) + exchange.reduce(partial_TD)
         start("router")
         normed_SD = rms_norm(x_SD, weights.moe_norm_D, epsilon)
-        expert_SK, weight_SK = route(normed_SD, weights.router_ED, self._config.num_experts_per_tok)
+        routing = route(normed_SD, weights.router_ED, self._config.num_experts_per_tok)
+        if step.routings is not None:
+            step.routings.append(routing)
         start("exchange")
-        dispatched = exchange.dispatch(self._layer, normed_SD, expert_SK, weight_SK)
+        dispatched = exchange.dispatch(self._layer, normed_SD, routing.expert_SK, routing.weight_SK)
         start("experts")
         y_ND = run_experts(dispatched.x_ND, dispatched.rows, weights.experts)
         start("exchange")

@@ -7,6 +7,7 @@ K: experts per token.  F: ffn width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,14 +16,35 @@ from torch.nn import functional
 from model.weights import ExpertWeights
 
 
-def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
-    """Each token's K experts and their float32 weights, the best first.
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a block's router said of each token: scores of all experts, in float32, and the chosen ones, best first."""
+
+    logits_SE: Tensor
+    expert_SK: Tensor
+    weight_SK: Tensor  # float32
+
+
+def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> Routing:
+    """Each token's K experts and their weights.
 
     A softmax over the chosen logits is the softmax over all of them, renormalised.
     """
     logits_SE = functional.linear(x_SD, router_ED).float()
     chosen_SK, expert_SK = torch.topk(logits_SE, experts_per_token, dim=-1)
-    return expert_SK, torch.softmax(chosen_SK, dim=-1)
+    return Routing(logits_SE, expert_SK, torch.softmax(chosen_SK, dim=-1))
+
+
+def load_balancing_loss(routings: Sequence[Routing]) -> Tensor:
+    """How far from even the experts are used, over all blocks together: K where each takes the same share.
+
+    The number of experts times the sum, over experts, of the share of tokens that chose it and its mean probability.
+    """
+    logits_SE = torch.cat([routing.logits_SE for routing in routings])
+    expert_SK = torch.cat([routing.expert_SK for routing in routings])
+    tokens, experts = logits_SE.shape
+    share_E = torch.bincount(expert_SK.flatten(), minlength=experts) / tokens
+    return experts * (share_E * logits_SE.softmax(-1).mean(0)).sum()
 
 
 def run_experts(x_ND: Tensor, rows: Sequence[int], experts: Sequence[ExpertWeights]) -> Tensor:

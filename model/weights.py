@@ -35,5 +35,5 @@ class MixtralWeights:
     embedding_VD: Tensor
     blocks: tuple[BlockWeights, ...]
     norm_D: Tensor
-    head: Linear  # (V, D) of a language model; (labels, D) of a classifier, whole on every rank
+    head: Linear | None  # (V, D) of a language model; (labels, D) of a classifier, whole on every rank
     head_bias: Tensor | None = None  # of a classifier

@@ -31,8 +31,13 @@ def load(directory: Path, shard: Shard = Shard(), dtype: torch.dtype = torch.flo
     return load_weights(directory, load_config(directory), shard, dtype=dtype, device=CPU)
 
 
+def head_of(weights: MixtralWeights) -> Tensor:
+    assert weights.head is not None
+    return weights.head.weight_OI
+
+
 def flattened(weights: MixtralWeights) -> list[Tensor]:
-    tensors = [weights.embedding_VD, weights.norm_D, weights.head.weight_OI]
+    tensors = [weights.embedding_VD, weights.norm_D, head_of(weights)]
     for block in weights.blocks:
         tensors += [block.attention_norm_D, block.qkv.weight_OI, block.output.weight_OI, block.moe_norm_D]
         tensors.append(block.router_ED)
@@ -173,7 +178,7 @@ def test_files_split_by_an_index_give_the_same_weights(tmp_path: Path) -> None:
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     found = load(write_checkpoint(tmp_path, tie_word_embeddings=True))
-    assert torch.equal(found.head.weight_OI, found.embedding_VD)
+    assert torch.equal(head_of(found), found.embedding_VD)
 
 
 def test_weights_are_cast_once_to_the_wanted_precision(tmp_path: Path) -> None:
@@ -208,7 +213,7 @@ def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, size: int, kv_hea
         columns = [held.blocks[layer].output.weight_OI for held in ranks]
         assert torch.equal(torch.cat(columns, dim=1), block.output.weight_OI)
     assert torch.equal(torch.cat([held.embedding_VD for held in ranks]), whole.embedding_VD)
-    assert torch.equal(torch.cat([held.head.weight_OI for held in ranks]), whole.head.weight_OI)
+    assert torch.equal(torch.cat([head_of(held) for held in ranks]), head_of(whole))
     assert [held.first_token for held in ranks] == [sum(len(r.embedding_VD) for r in ranks[:i]) for i in range(size)]
 
 
@@ -285,12 +290,40 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: Callable[[dict[str, Ten
         load(directory)
 
 
+@pytest.mark.parametrize("rewrite", [dict, fused])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_are_named_when_asked(
+    tmp_path: Path, value: float, rewrite: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    directory = write_checkpoint(tmp_path)
+    tensors = rewrite(weights(CONFIG))
+    name = next(name for name in tensors if "layers.1" in name and ("experts.3.w2" in name or "down_proj" in name))
+    tensors[name][-1, -1] = value
+    save_file(tensors, directory / "model.safetensors")
+    load(directory)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name} holds NaN or infinity$"):
+        load_weights(directory, load_config(directory), Shard(), dtype=torch.float32, device=CPU, check_finite=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_weights_pass(tmp_path: Path, dtype: torch.dtype) -> None:
+    directory = write_checkpoint(tmp_path)
+    found = load_weights(directory, load_config(directory), Shard(), dtype=dtype, device=CPU, check_finite=True)
+    assert_same(found, load(directory, dtype=dtype))
+
+
+def test_weights_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:
+    directory = changed(write_checkpoint(tmp_path), lambda t: t[Q].fill_(1e5))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight holds NaN or infinity, as saved or once cast to .*16"):
+        load_weights(directory, load_config(directory), Shard(), dtype=torch.float16, device=CPU, check_finite=True)
+
+
 def test_a_tied_head_that_was_saved_all_the_same_is_ignored(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, tie_word_embeddings=True)
     tensors = load_file(directory / "model.safetensors")
     save_file(tensors | {"lm_head.weight": torch.zeros(384, 64)}, directory / "model.safetensors")
     found = load(directory)
-    assert torch.equal(found.head.weight_OI, found.embedding_VD)
+    assert torch.equal(head_of(found), found.embedding_VD)
 
 
 def test_buffers_of_old_files_are_ignored(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from model.exchange import OneRank
 from model.layers import Linear
-from model.moe import reference_experts, route, run_experts, swiglu
+from model.moe import load_balancing_loss, reference_experts, route, run_experts, swiglu
 from model.weights import ExpertWeights
 
 D, F = 24, 40
@@ -40,9 +41,9 @@ def test_dispatch_experts_combine_is_the_definition(
     generator = torch.Generator().manual_seed(tokens)
     x_SD = torch.randn(tokens, D, generator=generator).to(dtype)
     router_ED = torch.randn(count, D, generator=generator).to(dtype)
-    expert_SK, weight_SK = route(x_SD, router_ED, per_token)
-    found = through_exchange(x_SD, expert_SK, weight_SK, experts)
-    expected = reference_experts(x_SD, expert_SK, weight_SK, experts)
+    routing = route(x_SD, router_ED, per_token)
+    found = through_exchange(x_SD, routing.expert_SK, routing.weight_SK, experts)
+    expected = reference_experts(x_SD, routing.expert_SK, routing.weight_SK, experts)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -74,17 +75,32 @@ def test_rows_must_cover_the_slots() -> None:
 def test_weights_are_the_softmax_over_all_experts_renormalised(per_token: int) -> None:
     generator = torch.Generator().manual_seed(per_token)
     x_SD, router_ED = torch.randn(50, D, generator=generator), torch.randn(8, D, generator=generator)
-    expert_SK, weight_SK = route(x_SD, router_ED, per_token)
+    routing = route(x_SD, router_ED, per_token)
     probability_SE = torch.softmax(x_SD @ router_ED.T, dim=-1)
     value_SK, expected_SK = torch.topk(probability_SE, per_token, dim=-1)
-    assert torch.equal(expert_SK, expected_SK)
-    torch.testing.assert_close(weight_SK, value_SK / value_SK.sum(-1, keepdim=True))
+    assert torch.equal(routing.expert_SK, expected_SK)
+    torch.testing.assert_close(routing.weight_SK, value_SK / value_SK.sum(-1, keepdim=True))
 
 
-def test_weights_stay_float32_in_a_half_precision_model() -> None:
+def test_routing_stays_float32_in_a_half_precision_model() -> None:
     torch.manual_seed(0)
-    x_SD, router_ED = torch.randn(5, D).bfloat16(), torch.randn(8, D).bfloat16()
-    assert route(x_SD, router_ED, 2)[1].dtype == torch.float32
+    routing = route(torch.randn(5, D).bfloat16(), torch.randn(8, D).bfloat16(), 2)
+    assert routing.logits_SE.dtype == routing.weight_SK.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [[50], [7, 1, 30]])
+@pytest.mark.parametrize("per_token", [1, 2, 4])
+def test_the_load_balancing_loss_is_that_of_transformers(rows: list[int], per_token: int) -> None:
+    generator = torch.Generator().manual_seed(per_token)
+    router_ED = torch.randn(6, D, generator=generator)
+    routings = [route(torch.randn(count, D, generator=generator), router_ED, per_token) for count in rows]
+    expected = load_balancing_loss_func(tuple(routing.logits_SE for routing in routings), 6, per_token)
+    torch.testing.assert_close(load_balancing_loss(routings), expected)
+
+
+def test_the_load_balancing_loss_of_even_use_is_the_number_of_experts_per_token() -> None:
+    logits_SE = torch.eye(8) * 1e-3  # every token another best expert, all but equally likely
+    assert load_balancing_loss([route(logits_SE, torch.eye(8), 1)]).item() == pytest.approx(1.0)
 
 
 def test_swiglu() -> None:
