@@ -101,8 +101,8 @@ class Checkpoint:
         try:
             for path in weight_files(directory):
                 self._add(open_file(path))
-            self._dialect = find_dialect(self.infos, str(directory))
-            check_tensors(self._dialect, config, self.infos, str(directory))
+            self.dialect = find_dialect(self.infos, str(directory))
+            check_tensors(self.dialect, config, self.infos, str(directory))
         except BaseException:
             self.close()
             raise
@@ -117,7 +117,7 @@ class Checkpoint:
         matrix = self._holder[stored.name].read(stored.name, shifted(rows, stored.first_row), columns)
         if stored.turned:
             matrix = matrix.T.contiguous()
-        if self._dialect.interleaved and piece.matrix.part in ("q", "k"):
+        if self.dialect.interleaved and piece.matrix.part in ("q", "k"):
             matrix = halves_from_pairs(matrix, self._config.head_dim)
         return matrix.flatten() if len(stored.tensor_shape) == 1 else matrix
 
@@ -127,11 +127,11 @@ class Checkpoint:
 
     def info_of(self, matrix: Matrix) -> tuple[str, TensorInfo]:
         """The name and the place of the tensor that a matrix is, or is part of."""
-        name = locate(self._dialect, self._config, matrix).name
+        name = locate(self.dialect, self._config, matrix).name
         return name, self._holder[name].infos[name]
 
     def _where(self, piece: Piece) -> tuple[Stored, range, range]:
-        stored = locate(self._dialect, self._config, piece.matrix)
+        stored = locate(self.dialect, self._config, piece.matrix)
         rows, columns = (piece.columns, piece.rows) if stored.turned else (piece.rows, piece.columns)
         height, width = stored.shape
         return stored, range(height) if rows is None else rows, range(width) if columns is None else columns
@@ -250,3 +250,9 @@ def halves_from_pairs(matrix_OI: Tensor, head_dim: int) -> Tensor:
     """Rows of each head from interleaved rotary pairs to halves: 0 1 2 3 4 5 -> 0 2 4 1 3 5."""
     _, width = matrix_OI.shape
     return matrix_OI.view(-1, head_dim // 2, 2, width).transpose(1, 2).reshape(-1, width)
+
+
+def pairs_from_halves(matrix_OI: Tensor, head_dim: int) -> Tensor:
+    """The way back."""
+    _, width = matrix_OI.shape
+    return matrix_OI.view(-1, 2, head_dim // 2, width).transpose(1, 2).reshape(-1, width)

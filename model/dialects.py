@@ -109,12 +109,14 @@ def without_prefix(names: dict[Part, str]) -> dict[Part, str]:
     return {part: name.removeprefix("model.") for part, name in names.items()}
 
 
+HUGGING_FACE = Dialect(HF_NAMES, "separate", interleaved=False)
+MISTRAL = Dialect(MISTRAL_NAMES, "separate", interleaved=True)
 DIALECTS = (
-    Dialect(HF_NAMES, "separate", interleaved=False),
+    HUGGING_FACE,
     Dialect(HF_FUSED_NAMES, "fused", interleaved=False),
     Dialect(without_prefix(HF_NAMES), "separate", interleaved=False),
     Dialect(without_prefix(HF_FUSED_NAMES), "fused", interleaved=False),
-    Dialect(MISTRAL_NAMES, "separate", interleaved=True),
+    MISTRAL,
     Dialect(MISTRAL_STACKED_NAMES, "stacked", interleaved=True),
 )
 

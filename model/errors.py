@@ -3,7 +3,8 @@
 ModelError (ValueError)
 ├── ConfigError       config.json / params.json says something we cannot honour
 ├── CheckpointError   a weight file is missing, truncated, misshaped or not what the config promises
-└── TokenizerError    tokenizer files are missing or contradict the config; a chat template failed
+├── TokenizerError    tokenizer files are missing or contradict the config; a chat template failed
+└── ConversionError   a checkpoint cannot be written in the other layout, or not there
 """
 
 
@@ -20,4 +21,8 @@ class CheckpointError(ModelError):
 
 
 class TokenizerError(ModelError):
+    pass
+
+
+class ConversionError(ModelError):
     pass

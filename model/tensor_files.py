@@ -3,6 +3,8 @@
     safetensors   8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | data
     torch         a zip archive, mapped into memory; unpickled with weights_only: nothing but tensors
 
+Only the first is ever written.
+
 Knows nothing of Mixtral: which tensors there should be is dialects.py's business.
 """
 
@@ -12,7 +14,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from model.fields import read_json
 MAX_HEADER_BYTES = 16 << 20  # Mixtral 8x22B's headers together take 0.2 MB
 MAX_INDEX_BYTES = 64 << 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 KNOWN_DTYPES = ", ".join(DTYPES)
 
 # What torch.load raises on files that are cut short, damaged, or hold more than tensors.
@@ -169,6 +172,23 @@ def parse_entry(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[Ten
     if end > data_bytes:
         raise CheckpointError(f"{path} is cut short at {shortened(name)}: download it again")
     return info, start
+
+
+def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[Tensor]) -> None:
+    """A new file of these tensors, which are taken one by one, each written before the next is asked for."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    end = 0
+    for name, info in infos.items():
+        start, end = end, end + math.prod(info.shape) * info.dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for info, tensor in zip(infos.values(), tensors, strict=True):
+            assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
+            data: Any = tensor.contiguous().view(torch.uint8).numpy()
+            file.write(data)
 
 
 def shortened(name: str) -> str:
