@@ -2,36 +2,34 @@
 
     find files -> headers -> names and shapes against the config -> the rank's pieces -> read, cut, packed in parallel
 
-How files spell tensors: dialects.py. How tensors lie in files: tensor_files.py.
+What lies in the files: checkpoint_files.py.
 
 A rank asks its files for no byte that it does not hold. Rows of a matrix are one read. The columns that tensor
 parallelism cuts out of attention's output projection are a short read per row, for every rank anew; what two ranks of
 a node both touch comes from its page cache.
-
-O, I: features out and in.  D: model width.  C: head_dim.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.checkpoint_files import Checkpoint, Piece
 from model.comm import split_rows
 from model.config import MixtralConfig
-from model.dialects import Matrix, Stored, check_tensors, find_dialect, locate
+from model.dialects import Matrix
 from model.errors import CheckpointError
-from model.layers import Linear
+from model.layers import Linear, can_pack
 from model.shard import Shard
-from model.tensor_files import TensorFile, TensorInfo, open_file, shortened, weight_files
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 
-# Enough to keep a network disk busy; each holds one matrix beside what is already loaded.
+# Enough to keep a network disk busy; each holds a matrix or two beside what is already loaded.
 READERS = 4
 
 Progress = Callable[[int, int], None]
@@ -60,10 +58,10 @@ def load_weights(
         loader = Loader(checkpoint, pool, dtype, device, check_finite=check_finite)
         experts = [shard.experts(layer, config.num_local_experts) for layer in range(config.num_hidden_layers)]
         blocks = [loader.block(layer, queries, keys, held) for layer, held in enumerate(experts)]
-        embedding = loader.tensor(Piece(Matrix("embedding"), rows=tokens))
-        norm = loader.tensor(Piece(Matrix("norm")))
+        embedding = loader.matrix(Piece(Matrix("embedding"), rows=tokens))
+        norm = loader.vector(Piece(Matrix("norm")))
         head = loader.linear(head_piece(config, tokens)) if config.has_head else None
-        bias = loader.tensor(Piece(Matrix("head_bias"))) if config.has_head_bias else None
+        bias = loader.vector(Piece(Matrix("head_bias"))) if config.has_head_bias else None
         loader.wait(progress)
         return MixtralWeights(
             first_token,
@@ -75,83 +73,11 @@ def load_weights(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows and columns of a matrix, as the model sees it; None: all."""
-
-    matrix: Matrix
-    rows: range | None = None
-    columns: range | None = None
-
-
 def head_piece(config: MixtralConfig, tokens: range) -> Piece:
     """A language model's head is cut like its vocabulary, a classifier's lies whole on every rank."""
     if config.is_language_model:
         return Piece(Matrix("embedding" if config.tie_word_embeddings else "head"), rows=tokens)
     return Piece(Matrix("head"))
-
-
-class Checkpoint:
-    """The open files of one checkpoint, once they hold exactly what the config promises."""
-
-    def __init__(self, directory: Path, config: MixtralConfig) -> None:
-        self._config = config
-        self._files: list[TensorFile] = []
-        self._holder: dict[str, TensorFile] = {}
-        try:
-            for path in weight_files(directory):
-                self._add(open_file(path))
-            self.dialect = find_dialect(self.infos, str(directory))
-            check_tensors(self.dialect, config, self.infos, str(directory))
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        return {name: file.infos[name] for name, file in self._holder.items()}
-
-    def read(self, piece: Piece) -> Tensor:
-        """A matrix in the model's own layout, in the file's precision."""
-        stored, rows, columns = self._where(piece)
-        matrix = self._holder[stored.name].read(stored.name, shifted(rows, stored.first_row), columns)
-        if stored.turned:
-            matrix = matrix.T.contiguous()
-        if self.dialect.interleaved and piece.matrix.part in ("q", "k"):
-            matrix = halves_from_pairs(matrix, self._config.head_dim)
-        return matrix.flatten() if len(stored.tensor_shape) == 1 else matrix
-
-    def bytes_of(self, piece: Piece) -> int:
-        _, rows, columns = self._where(piece)
-        return len(rows) * len(columns) * self.info_of(piece.matrix)[1].dtype.itemsize
-
-    def info_of(self, matrix: Matrix) -> tuple[str, TensorInfo]:
-        """The name and the place of the tensor that a matrix is, or is part of."""
-        name = locate(self.dialect, self._config, matrix).name
-        return name, self._holder[name].infos[name]
-
-    def _where(self, piece: Piece) -> tuple[Stored, range, range]:
-        stored = locate(self.dialect, self._config, piece.matrix)
-        rows, columns = (piece.columns, piece.rows) if stored.turned else (piece.rows, piece.columns)
-        height, width = stored.shape
-        return stored, range(height) if rows is None else rows, range(width) if columns is None else columns
-
-    def _add(self, file: TensorFile) -> None:
-        self._files.append(file)
-        for name, info in file.infos.items():
-            if name in self._holder:
-                raise CheckpointError(f"{info.file}: {shortened(name)} is in another file too; keep one of them")
-            self._holder[name] = file
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class Loader:
@@ -171,30 +97,36 @@ class Loader:
         self._dtype = dtype
         self._device = device
         self._check_finite = check_finite
+        self._buffers = Buffers()
         self._bytes: dict[Future[Any], int] = {}
 
-    def tensor(self, piece: Piece) -> Future[Tensor]:
-        future = self._pool.submit(self._read, (piece,))
+    def vector(self, piece: Piece) -> Future[Tensor]:
+        future = self._pool.submit(lambda: self._read(piece).flatten())
+        self._bytes[future] = self._checkpoint.bytes_of(piece)
+        return future
+
+    def matrix(self, piece: Piece) -> Future[Tensor]:
+        future = self._pool.submit(self._read, piece)
         self._bytes[future] = self._checkpoint.bytes_of(piece)
         return future
 
     def linear(self, *pieces: Piece) -> Future[Linear]:
         """One map from several matrices with the same input, one below the other."""
-        future = self._pool.submit(lambda: Linear(self._read(pieces)))
+        future = self._pool.submit(self._read_linear, pieces)
         self._bytes[future] = sum(map(self._checkpoint.bytes_of, pieces))
         return future
 
     def block(self, layer: int, queries: range, keys: range, experts: tuple[int, ...]) -> Callable[[], BlockWeights]:
         """What to call for the block once everything has been read. Queries and keys: rows of their projections."""
-        attention_norm = self.tensor(Piece(Matrix("attention_norm", layer)))
+        attention_norm = self.vector(Piece(Matrix("attention_norm", layer)))
         qkv = self.linear(
             Piece(Matrix("q", layer), rows=queries),
             Piece(Matrix("k", layer), rows=keys),
             Piece(Matrix("v", layer), rows=keys),
         )
         output = self.linear(Piece(Matrix("o", layer), columns=queries))
-        moe_norm = self.tensor(Piece(Matrix("moe_norm", layer)))
-        router = self.tensor(Piece(Matrix("router", layer)))
+        moe_norm = self.vector(Piece(Matrix("moe_norm", layer)))
+        router = self.matrix(Piece(Matrix("router", layer)))
         slots = [
             (
                 self.linear(Piece(Matrix("gate", layer, expert)), Piece(Matrix("up", layer, expert))),
@@ -224,35 +156,47 @@ class Loader:
             self._pool.shutdown(wait=True, cancel_futures=True)
             raise
 
-    def _read(self, pieces: tuple[Piece, ...]) -> Tensor:
-        parts = [self._checkpoint.read(piece).to(self._device, self._dtype) for piece in pieces]
-        if self._check_finite:
-            for piece, part in zip(pieces, parts, strict=True):
-                self._refuse_infinite(piece, part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _read(self, piece: Piece) -> Tensor:
+        out = torch.empty(self._checkpoint.shape_of(piece), dtype=self._dtype)
+        self._read_into(out, piece)
+        return out.to(self._device)
 
-    def _refuse_infinite(self, piece: Piece, part: Tensor) -> None:
-        if not all(extreme.isfinite() for extreme in part.aminmax()):  # of which both are NaN where one weight is
+    def _read_linear(self, pieces: tuple[Piece, ...]) -> Linear:
+        shapes = [self._checkpoint.shape_of(piece) for piece in pieces]
+        heights, (_, width) = [height for height, _ in shapes], shapes[0]
+        weight = self._buffers.take(sum(heights), width, self._dtype)
+        for piece, part in zip(pieces, torch.split(weight, heights), strict=True):
+            self._read_into(part, piece)
+        # Packing and other devices leave the buffer to the next matrix; a plain weight would lie in it.
+        return Linear(weight.to(self._device, copy=not can_pack(weight)))
+
+    def _read_into(self, out: Tensor, piece: Piece) -> None:
+        self._checkpoint.read_into(out, piece)
+        # An extreme is NaN as soon as one weight is.
+        if self._check_finite and not all(extreme.isfinite() for extreme in out.aminmax()):
             name, info = self._checkpoint.info_of(piece.matrix)
             cast = "" if info.dtype == self._dtype else f", as saved or once cast to {self._dtype}"
             raise CheckpointError(f"{info.file}: {name} holds NaN or infinity{cast}")
 
 
-def shifted(rows: range, by: int) -> range:
-    return range(rows.start + by, rows.stop + by)
+class Buffers:
+    """For each reading thread one piece of memory, used again for every matrix that goes through it.
+
+    New memory for each would cost as much as reading it, and an allocator that keeps what was freed for the next ends
+    up with a quarter more than there is.
+    """
+
+    def __init__(self) -> None:
+        self._mine = threading.local()
+
+    def take(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, and this thread's until it takes another."""
+        size = height * width * dtype.itemsize
+        buffer = getattr(self._mine, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            self._mine.buffer = buffer = torch.empty(size, dtype=torch.uint8)
+        return buffer[:size].view(dtype).view(height, width)
 
 
 def scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
-
-
-def halves_from_pairs(matrix_OI: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head from interleaved rotary pairs to halves: 0 1 2 3 4 5 -> 0 2 4 1 3 5."""
-    _, width = matrix_OI.shape
-    return matrix_OI.view(-1, head_dim // 2, 2, width).transpose(1, 2).reshape(-1, width)
-
-
-def pairs_from_halves(matrix_OI: Tensor, head_dim: int) -> Tensor:
-    """The way back."""
-    _, width = matrix_OI.shape
-    return matrix_OI.view(-1, 2, head_dim // 2, width).transpose(1, 2).reshape(-1, width)

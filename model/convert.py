@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, Piece, Progress, pairs_from_halves
+from model.checkpoint import Progress
+from model.checkpoint_files import Checkpoint, Piece, pairs_from_halves
 from model.config import MISTRAL_LENGTH, MISTRAL_SPELLING, MixtralConfig, load_config
 from model.dialects import HUGGING_FACE, MISTRAL, Dialect, Matrix, all_matrices, locate
 from model.errors import ConversionError
@@ -140,7 +141,7 @@ class Conversion:
             tensor = self._checkpoint.read(Piece(planned.matrix))
             if self._dialect.interleaved and planned.matrix.part in ("q", "k"):
                 tensor = pairs_from_halves(tensor, self._config.head_dim)
-            yield tensor
+            yield tensor.view(planned.shape)
             self._done += planned.nbytes
             if self._progress is not None:
                 self._progress(self._done, self.total)

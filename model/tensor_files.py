@@ -56,8 +56,11 @@ class TensorFile(Protocol):
     @property
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str, rows: range, columns: range) -> Tensor:
-        """Some of a tensor, seen as a matrix: all dimensions but the last are rows; one dimension is one row."""
+    def read(self, name: str, rows: range, columns: range, out: Tensor) -> None:
+        """Some of a tensor, seen as a matrix: all dimensions but the last are rows; one dimension is one row.
+
+        `out` is contiguous and has the shape of what is read, and the file's precision.
+        """
 
     def close(self) -> None: ...
 
@@ -79,12 +82,12 @@ class SafetensorsFile:
             os.close(self._descriptor)
             raise
 
-    def read(self, name: str, rows: range, columns: range) -> Tensor:
+    def read(self, name: str, rows: range, columns: range, out: Tensor) -> None:
         info = self.infos[name]
         width = info.shape[-1]
         size = info.dtype.itemsize
         start = self._data_start + self._offsets[name]
-        out = torch.empty(len(rows), len(columns), dtype=info.dtype)
+        assert (out.shape, out.dtype) == ((len(rows), len(columns)), info.dtype)
         buffer: Any = out.view(torch.uint8).numpy()
         data = memoryview(buffer).cast("B")
         if len(columns) == width:
@@ -94,7 +97,6 @@ class SafetensorsFile:
             for place, row in enumerate(rows):
                 offset = start + (row * width + columns.start) * size
                 self._fill(name, data[place * stride : (place + 1) * stride], offset)
-        return out
 
     def _fill(self, name: str, data: memoryview, offset: int) -> None:
         while data:
@@ -125,9 +127,9 @@ class TorchFile:
         self._tensors: dict[str, Tensor] = tensors
         self.infos = {name: TensorInfo(path, tuple(x.shape), x.dtype) for name, x in tensors.items()}
 
-    def read(self, name: str, rows: range, columns: range) -> Tensor:
+    def read(self, name: str, rows: range, columns: range, out: Tensor) -> None:
         matrix = self._tensors[name].reshape(-1, self._tensors[name].shape[-1])
-        return matrix[rows.start : rows.stop, columns.start : columns.stop].clone()
+        out.copy_(matrix[rows.start : rows.stop, columns.start : columns.stop])
 
     def close(self) -> None:
         self._tensors.clear()

@@ -181,11 +181,12 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert torch.equal(head_of(found), found.embedding_VD)
 
 
-def test_weights_are_cast_once_to_the_wanted_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_cast_once_to_the_wanted_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     directory = write_checkpoint(tmp_path)
-    wide, narrow = load(directory), load(directory, dtype=torch.bfloat16)
+    wide, narrow = load(directory), load(directory, dtype=dtype)
     for a, b in zip(flattened(wide), flattened(narrow), strict=True):
-        assert torch.equal(a.bfloat16(), b)
+        assert torch.equal(a.to(dtype), b)
 
 
 # Shards
