@@ -14,30 +14,32 @@ from model.detokenizer import IncrementalDecoder
 
 
 class AnswerText:
-    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str], *, include_stop: bool = False) -> None:
         self._decoder = decoder
         self._stop = [text for text in stop if text]
+        self._include_stop = include_stop
         self._held = ""
 
-    def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
-        """The text to show now, and whether a stop string ended the answer."""
+    def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
+        """The text to show now, and the stop string that ended the answer."""
         return self._show(self._decoder.push(token_ids), last=False)
 
-    def flush(self) -> tuple[str, bool]:
+    def flush(self) -> tuple[str, str | None]:
         """The rest, when no token follows."""
         return self._show(self._decoder.flush(), last=True)
 
-    def _show(self, text: str, *, last: bool) -> tuple[str, bool]:
+    def _show(self, text: str, *, last: bool) -> tuple[str, str | None]:
         if not self._stop:
-            return text, False
+            return text, None
         held = self._held + text
-        found = min((at for stop in self._stop if (at := held.find(stop)) >= 0), default=-1)
-        if found >= 0:
+        found = min(((at, stop) for stop in self._stop if (at := held.find(stop)) >= 0), default=None)
+        if found is not None:
+            at, stop = found
             self._held = ""
-            return held[:found], True
+            return held[: at + len(stop) * self._include_stop], stop
         keep = 0 if last else max(_overlap(held, stop) for stop in self._stop)
         self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], False
+        return held[: len(held) - keep], None
 
 
 def _overlap(text: str, stop: str) -> int:

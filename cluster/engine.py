@@ -4,8 +4,9 @@
     generate() ──Add──▶ inbox ──────────────▶ schedule ▶ step ▶ postprocess ─┐
        ▲  queue per request ◀── _deliver ◀── one list of events per step ◀──┘
 
-The thread owns the scheduler; nothing else touches it. Text is made on the event loop's side, so that the
-thread, on which the ranks wait, does only what steps need.
+The thread owns the scheduler; nothing else touches it. It works one step ahead: step n + 1 is scheduled and handed
+out while the ranks compute n. Text is made on the event loop's side, so that the thread, on which the ranks wait,
+does only what steps need.
 """
 
 from __future__ import annotations
@@ -16,32 +17,57 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Literal
 
-from cluster.answer_text import AnswerText
+from cluster.answer import Answers
 from cluster.config import EngineConfig
-from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
+from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.kv_pool import PagePool
-from cluster.messages import EngineStats, RankStatus, Request, SamplingParams, TokenEvent
-from cluster.scheduler import Scheduler
-from cluster.worker_group import WorkerGroup
+from cluster.messages import (
+    EncodeEvent,
+    EncodeRequest,
+    EngineStats,
+    Grammar,
+    RankStatus,
+    Request,
+    StepPlan,
+    TokenEvent,
+)
+from cluster.scheduler import Event, Scheduler
+from cluster.worker_group import PendingStep, WorkerGroup
+from model.config import Architecture, MixtralConfig
+from model.errors import ModelError
 from model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+Task = Literal["generate", "embed", "classify", "token_classify", "question_answering"]
+TASKS: dict[Architecture, Task] = {
+    "MixtralForCausalLM": "generate",
+    "MixtralModel": "embed",
+    "MixtralForSequenceClassification": "classify",
+    "MixtralForTokenClassification": "token_classify",
+    "MixtralForQuestionAnswering": "question_answering",
+}
+STEPS_AHEAD = 1
+STOP_TIMEOUT_S = 5.0  # for the step under way; then the ranks are ended all the same
 
 
 @dataclass(frozen=True, slots=True)
 class _Add:
     key: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
+    request: Request | EncodeRequest
 
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
     key: str
+    choice: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +82,28 @@ class Engine:
     """Made on the event loop that will call it, with a group that has been started."""
 
     def __init__(
-        self, config: EngineConfig, group: WorkerGroup, num_pages: int, max_model_len: int, tokenizer: Tokenizer
+        self,
+        config: EngineConfig,
+        model: MixtralConfig,
+        group: WorkerGroup,
+        num_pages: int,
+        max_model_len: int,
+        tokenizer: Tokenizer,
     ) -> None:
         self.tokenizer = tokenizer
+        self._model = model
         self.max_model_len = max_model_len
         self._config = config
         self._group = group
+        # With a sliding window a sequence's first pages are given back: what is left of a prefix is of no use.
+        prefix_caching = config.kv.prefix_caching and model.sliding_window is None
         self._pool = PagePool(
-            num_pages, config.kv.page_size, prefix_caching=config.kv.prefix_caching, key=secrets.token_bytes(32)
+            num_pages, config.kv.page_size, prefix_caching=prefix_caching, key=secrets.token_bytes(32)
         )
-        self._scheduler = Scheduler(config.scheduler, self._pool, tokenizer.eos_ids)
+        self._scheduler = Scheduler(config.scheduler, self._pool, tokenizer.eos_ids, model.sliding_window)
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         # By a key of our own: events of an aborted request may still be on their way when its id is used again.
-        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._keys: dict[str, str] = {}  # request_id -> key
         self._counter = itertools.count()
         self._event_loop = asyncio.get_running_loop()
@@ -76,6 +111,16 @@ class Engine:
         self._draining = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def task(self) -> Task:
+        """What the checkpoint was made for."""
+        return TASKS[self._model.architecture]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the scores of a classifier mean, in order."""
+        return self._model.labels
 
     @property
     def healthy(self) -> bool:
@@ -88,30 +133,44 @@ class Engine:
         return self.healthy and not self._draining
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
-        """The request's events, one per step that gave it tokens. Closing the iterator aborts the request."""
-        self._check(request)
+        """The request's events, one per choice and step. Closing the iterator aborts the request."""
+        self._check(request.request_id, request.prompt_ids, request.sampling.max_tokens)
         sampling = request.sampling
+        if sampling.grammar is not None:
+            sampling = replace(sampling, grammar=replace(sampling.grammar, opens_text=not request.continues_prompt))
+            await self._prepare(sampling.grammar)
+            self._check(request.request_id, request.prompt_ids, sampling.max_tokens)
         if sampling.seed is None:  # drawn here, so that a replay after preemption gives the same tokens
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        key = self._keys[request.request_id] = f"{request.request_id}/{next(self._counter)}"
-        stream = self._streams[key] = asyncio.Queue()
-        self._inbox.put(_Add(key, request.prompt_ids, sampling))
-        before = request.prompt_ids if request.continues_prompt else ()
-        text = AnswerText(self.tokenizer.incremental(before), sampling.stop)
-        finished = False
+            sampling = replace(sampling, seed=secrets.randbits(62))
+        request = replace(request, sampling=sampling)
+        answers = Answers(request, self.tokenizer)
+        key, stream = self._submit(request)
         try:
-            while not finished:
+            while answers.open:
                 event = await stream.get()
-                finished = event.finish_reason is not None
-                shown, stopped = self._text(text, event)
-                reason = "stop" if stopped else event.finish_reason
-                yield replace(event, request_id=request.request_id, text=shown, finish_reason=reason)
-                if stopped:
-                    return
+                assert isinstance(event, TokenEvent)
+                shown = answers.show(event)
+                if shown is None:
+                    continue
+                if shown.finish_reason is not None and event.finish_reason is None:
+                    self._inbox.put(_Abort(key, event.choice))  # the text ended the choice, not the token
+                yield shown
         finally:
-            if not finished:
-                self.abort(request.request_id)
-            del self._streams[key], self._keys[request.request_id]
+            self._forget(request.request_id, key, abort=bool(answers.open))
+
+    async def encode(self, request: EncodeRequest) -> list[list[float]]:
+        """Pooled hidden states of a text, or class scores where the checkpoint has a head for them."""
+        self._check(request.request_id, request.token_ids, 0)
+        key, stream = self._submit(request)
+        event = None
+        try:
+            event = await stream.get()
+        finally:
+            self._forget(request.request_id, key, abort=event is None)
+        assert isinstance(event, EncodeEvent)
+        if event.error is not None:
+            raise StepFailed(event.error)
+        return [list(row) for row in event.rows]
 
     def abort(self, request_id: str) -> None:
         """Stop working on a request, if it is still there; its stream ends."""
@@ -119,7 +178,7 @@ class Engine:
             self._inbox.put(_Abort(key))
 
     def fail(self, reason: str) -> None:
-        """The ranks cannot go on: answer every request with the reason and take no more. Callable from any thread."""
+        """The ranks cannot go on: answer every request with the reason, take no more. Callable from any thread."""
         self._inbox.put(_Fail(reason))
 
     def stats(self) -> EngineStats:
@@ -147,78 +206,90 @@ class Engine:
         self._draining = True
         self._inbox.put(_Fail("the server is shutting down"))
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
         await asyncio.to_thread(self._group.stop)
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request_id: str, token_ids: Sequence[int], max_tokens: int) -> None:
         if self._failure is not None:
             raise EngineNotReady(self._failure, retry_after_s=10)
         if self._draining:
             raise EngineDraining("the server is shutting down", retry_after_s=10)
-        length = len(request.prompt_ids) + request.sampling.max_tokens
-        if not request.prompt_ids or length > self.max_model_len:
+        if not token_ids or len(token_ids) + max_tokens > self.max_model_len:
             raise RequestInvalid(
-                f"the prompt has {len(request.prompt_ids)} tokens and {request.sampling.max_tokens} more were asked "
-                f"for; together they must be 1 to {self.max_model_len}"
+                f"the prompt has {len(token_ids)} tokens and {max_tokens} more were asked for; "
+                f"together they must be 1 to {self.max_model_len}"
             )
-        if request.request_id in self._keys:
-            raise RequestInvalid(f"request_id {request.request_id!r} is already running")
+        if request_id in self._keys:
+            raise RequestInvalid(f"request_id {request_id!r} is already running")
         limits = self._config.scheduler
         if len(self._streams) >= limits.max_running + limits.max_waiting:
             raise QueueFull(f"{len(self._streams)} requests are running or waiting already", retry_after_s=1)
 
-    def _text(self, text: AnswerText, event: TokenEvent) -> tuple[str, bool]:
-        """The event's text; the token that ends an answer is not part of it."""
-        token_ids = event.token_ids[:-1] if event.finish_reason == "stop" else event.token_ids
-        shown, stopped = text.push(token_ids)
-        if event.finish_reason is not None and not stopped:
-            rest, stopped = text.flush()
-            shown += rest
-        return shown, stopped
+    async def _prepare(self, grammar: Grammar | None) -> None:
+        """Compile a grammar before its request joins the queue: no step waits for it."""
+        assert grammar is not None
+        try:
+            await asyncio.to_thread(self._group.prepare, grammar)
+        except ModelError as error:
+            raise RequestInvalid(str(error)) from None
+
+    def _submit(self, request: Request | EncodeRequest) -> tuple[str, asyncio.Queue[Event]]:
+        key = self._keys[request.request_id] = f"{request.request_id}/{next(self._counter)}"
+        stream = self._streams[key] = asyncio.Queue()
+        self._inbox.put(_Add(key, request))
+        return key, stream
+
+    def _forget(self, request_id: str, key: str, *, abort: bool) -> None:
+        if abort:
+            self._inbox.put(_Abort(key))
+        del self._streams[key], self._keys[request_id]
 
     def _run(self) -> None:
+        under_way: deque[tuple[StepPlan, PendingStep]] = deque()
         try:
-            while self._take_commands():
+            while self._take_commands(wait=not (under_way or self._scheduler.has_work)):
+                self._publish(self._scheduler.expire(monotonic()))
                 plan = self._scheduler.schedule()
                 if plan is not None:
                     plan = replace(plan, exchange=choose_exchange(self._config.parallel, plan.num_tokens))
-                    result = self._group.step(plan).result()
-                    self._publish(self._scheduler.postprocess(plan, result))
+                    under_way.append((plan, self._group.step(plan)))
+                if len(under_way) > STEPS_AHEAD or (plan is None and under_way):
+                    plan, pending = under_way.popleft()
+                    self._publish(self._scheduler.postprocess(plan, pending.result()))
         except Exception as error:  # a process boundary of its own: whoever waits gets an answer
             log.exception("the engine's loop failed")
             self._give_up(str(error))
+            while self._take_commands(wait=True):
+                pass
 
-    def _take_commands(self) -> bool:
-        """Wait for work, then take in all that has come. False: the loop shall end."""
-        idle = not (self._scheduler.num_running or self._scheduler.num_waiting)
-        while idle or not self._inbox.empty():
+    def _take_commands(self, *, wait: bool) -> bool:
+        """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
+        while wait or not self._inbox.empty():
             match self._inbox.get():
-                case _Add(key, prompt_ids, sampling):
-                    if self._failure is None:
-                        self._scheduler.add(key, prompt_ids, sampling)
-                    else:
-                        self._publish([TokenEvent(key, (), finish_reason="error", error=self._failure)])
-                case _Abort(key):
-                    if self._scheduler.abort(key):
+                case _Add(key, request):
+                    self._scheduler.add(key, request)
+                    if self._failure is not None:
+                        self._publish(self._scheduler.fail_all(self._failure))
+                case _Abort(key, choice):
+                    if self._scheduler.abort(key, choice) and choice is None:
                         self._publish([TokenEvent(key, (), finish_reason="abort")])
                 case _Fail(reason):
                     self._give_up(reason)
                 case None:
                     return False
-            idle = not (self._scheduler.num_running or self._scheduler.num_waiting) and self._inbox.empty()
+            wait = False
         return True
 
     def _give_up(self, reason: str) -> None:
         self._failure = self._failure or reason
-        request_ids = self._scheduler.abort_all()
-        self._publish([TokenEvent(r, (), finish_reason="error", error=self._failure) for r in request_ids])
+        self._publish(self._scheduler.fail_all(self._failure))
 
-    def _publish(self, events: list[TokenEvent]) -> None:
+    def _publish(self, events: Sequence[Event]) -> None:
         """One crossing to the event loop per step, whatever the number of requests."""
         if events:
             self._event_loop.call_soon_threadsafe(self._deliver, events)
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
+    def _deliver(self, events: Sequence[Event]) -> None:
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:  # else its caller has just gone

@@ -49,4 +49,4 @@ async def _launch(config: EngineConfig, make_group: GroupFactory) -> Engine:
     wanted = config.max_model_len or model.max_position_embeddings
     group = make_group(config, placement, wanted)
     num_pages = await asyncio.to_thread(group.start)
-    return Engine(config, group, num_pages, min(wanted, num_pages * config.kv.page_size), tokenizer)
+    return Engine(config, model, group, num_pages, min(wanted, num_pages * config.kv.page_size), tokenizer)

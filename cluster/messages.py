@@ -10,48 +10,112 @@ parameters, page table), so that a step costs bytes for what is new, not for wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Exchange = Literal["none", "all_to_all", "all_reduce"]
+Pooling = Literal["last", "mean", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole answer must match. Filled by HTTP; compiled beside the sampler, rebuilt by replaying tokens."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    text: str  # the schema, expression or grammar; of choice, a JSON list of texts; of json_object, empty
+    opens_text: bool = False  # the answer does not go on from the prompt's text. Filled by the engine
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request turns logits into tokens. Filled by HTTP (validated there), read by engine and ranks."""
+    """How one request turns logits into tokens. Filled by HTTP, which validates; read by engine and ranks."""
 
     max_tokens: int  # HTTP: already capped by max_model_len - prompt
+    min_tokens: int = 0  # before these, nothing that ends an answer is sampled
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None  # None: the engine draws one at admission, so that a replay gives the same tokens
-    stop: tuple[str, ...] = ()  # texts that end the answer; never part of it
+    stop: tuple[str, ...] = ()  # texts that end the answer
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # each as token ids: the last is kept from following the rest
+    grammar: Grammar | None = None
+    logprobs: int | None = None  # of every sampled token, with so many likeliest beside it; None: none
+    prompt_logprobs: int | None = None  # likewise of every prompt token but the first
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One answer wanted for one prompt. Filled by HTTP."""
+    """n answers wanted for one prompt. Filled by HTTP."""
 
     request_id: str
     prompt_ids: tuple[int, ...]  # never empty
     sampling: SamplingParams
+    n: int = 1  # choice i is sampled with seed + i
     continues_prompt: bool = True  # a completion's text goes on from the prompt's; a chat message is a text of its own
+    echo: bool = False  # the prompt's text comes before the answer's
+    priority: int = 0  # lower runs first, and is preempted last
+    user: str = ""  # whose request it is: under contention users get equal shares of tokens
+    cache_salt: str = ""  # requests share cached prefixes only with requests of the same salt
+    deadline_s: float | None = None  # on time.monotonic(): not started by then, it fails with "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """Hidden states or class scores wanted for one text. Filled by HTTP."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # never empty
+    pooling: Pooling  # last token, mean of all, or one row for every token
+    priority: int = 0
+    user: str = ""
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model thought of one token, before temperature, bans and penalties. Filled by rank 0."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the likeliest
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, as many as were asked for
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What one step added to one request. Ids and reason: the engine loop; text: Engine.generate, which decodes."""
+    """What one step added to one choice of a request. Filled by the engine loop; text by Engine.generate."""
 
     request_id: str
     token_ids: tuple[int, ...]  # the token that ended the answer included: it was computed, it counts
-    text: str = ""  # whole characters only, without what ended the answer
-    finish_reason: FinishReason | None = None  # set on exactly the last event
-    error: str | None = None  # with finish_reason "error": one sentence for the caller
-    cached_tokens: int = 0  # prompt tokens that came from the prefix cache; set on the first event
+    choice: int = 0
+    text: str = ""  # whole characters only, without what ended the answer (but see include_stop_str_in_output)
+    finish_reason: FinishReason | None = None  # set on exactly the last event of a choice
+    stop_reason: str | int | None = None  # with "stop": the stop string or stop token id; None: end of sequence
+    error: str | None = None  # with "error": one sentence for the caller
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache; set on the first event of choice 0
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each of token_ids, if asked for
+    # With the first event of choice 0, if asked for: one for each prompt token; None for the first.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeEvent:
+    """The whole answer to an EncodeRequest: rows, or why there are none. Filled by the engine loop."""
+
+    request_id: str
+    rows: tuple[tuple[float, ...], ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +123,10 @@ class SequenceStart:
     """A sequence begins (or begins again, after preemption or recovery) on the ranks. Filled by the scheduler."""
 
     seq: int  # the engine's number for the sequence, unique while the engine lives
-    sampling: SamplingParams  # seed already drawn
-    num_generated: int  # tokens sampled before this start: the next one is number num_generated of the seeded stream
+    token_ids: tuple[int, ...]  # all known by now, prompt and generated: penalties and grammars are replayed from them
+    num_prompt: int  # of these
+    sampling: SamplingParams | None = None  # seed already drawn; None: nothing is sampled
+    pooling: Pooling | None = None  # what is wanted of a sequence that is not sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +138,16 @@ class SequenceChunk:
     """
 
     seq: int
-    token_ids: tuple[int, ...]  # a piece of the prompt, or the one token sampled last
-    start: int  # position of token_ids[0] = tokens of the sequence already in pages
+    token_ids: tuple[int, ...]  # a piece of the known tokens; LAST_SAMPLED: what the rank sampled a step ago
+    start: int  # position of token_ids[0]
     new_pages: tuple[int, ...]  # appended to the rank's page table of the sequence, before the step
-    sample: bool  # the chunk ends the known tokens: sample the next one
+    sample: bool  # the chunk ends the sequence's tokens: sample the next one, or pool
+    num_stored: int = (
+        0  # first tokens of the chunk whose keys and values are in shared pages already: not written again
+    )
+
+
+LAST_SAMPLED = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +190,11 @@ class StepResult:
     seqs: tuple[int, ...]  # the sequences that were sampled, in plan order
     token_ids: tuple[int, ...]  # one for each of seqs
     times: StepTimes  # of rank 0
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # of sampled sequences that asked
+    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)  # of this step's prompt tokens
+    # Rows of this step's tokens where all are wanted, else the one row of a sequence that is complete.
+    pooled: dict[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)  # sequences that cannot go on, and why; the others can
 
 
 @dataclass(frozen=True, slots=True)

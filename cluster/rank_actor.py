@@ -1,7 +1,7 @@
 """What runs in each rank's process: a worker, and beside it a thread of control that never waits for the worker.
 
 Plain Python: cluster/worker_group.py makes a Ray actor of it. `load`, `join` and `step` run one at a time;
-`watch` and `end` belong to the concurrency group "control".
+`prepare`, `watch` and `end` belong to the concurrency group "control".
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 
 from cluster.config import EngineConfig
-from cluster.messages import StepPlan, StepResult, WorkerFacts
+from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
 from cluster.process_group import Rendezvous, Store, Transport, join, open_store
 from cluster.worker import Worker
@@ -41,6 +41,9 @@ class RankActor:
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)
+
+    def prepare(self, grammar: Grammar) -> None:
+        self._worker.prepare(grammar)
 
     def watch(self) -> None:
         """Returns once the actor is told to end. If it fails instead, the process has died."""

@@ -1,15 +1,16 @@
 """One rank: holds a shard of the weights and its pages, and turns plans into sampled tokens.
 
-It decides nothing. What it remembers between steps is, per sequence, what plans told it: sampling parameters,
-page table, how many tokens were sampled. Knows no requests, no HTTP, no ray.
+It decides nothing. What it remembers between steps is, per sequence, what plans told it: page table, sampling
+parameters, the token sampled last. Knows no requests, no HTTP, no ray.
+
+T rows of the step.  R rows whose hidden states are wanted.  D model width.  V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -19,27 +20,23 @@ from torch import Tensor
 from cluster.all_to_all import AllReduce, AllToAll, SlotTables
 from cluster.config import EngineConfig
 from cluster.errors import StepFailed
-from cluster.messages import SamplingParams, StepPlan, StepResult, StepTimes, WorkerFacts
+from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
 from cluster.placement import Placement
-from model.batch import Batch, SequenceSpan, page_runs
+from cluster.rank_state import RankState, Wanted
+from cluster.sampling import choose, token_logprobs
 from model.checkpoint import load_weights
-from model.comm import Comm, SoloComm
-from model.config import MixtralConfig, load_config
+from model.comm import Comm
+from model.config import load_config
 from model.exchange import Exchange, OneRank
+from model.grammar import CompiledGrammar, GrammarCompiler
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from model.sampler import SamplingRow, sample
 from model.shard import Shard
 from model.stages import Stages
+from model.tokenizer import load_tokenizer
 
+HEAD_ROWS = 256  # rows of a prompt whose logits are in memory at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True)
-class _SequenceState:
-    sampling: SamplingParams
-    num_generated: int
-    pages: list[int] = field(default_factory=list)
 
 
 class Worker:
@@ -48,18 +45,15 @@ class Worker:
         self._config = config
         self._placement = placement
         self._device = torch.device(config.device)
+        self._dtype = DTYPES[config.dtype]
         self._stages = Stages()
-        self._sequences: dict[int, _SequenceState] = {}
-        self._next_step = 0
-        self._comm: Comm = SoloComm()
         torch.set_num_threads(config.parallel.threads_per_rank)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> WorkerFacts:
         """Read this rank's share of the checkpoint."""
         began = monotonic()
         directory = Path(self._config.model_path)
-        self._model_config: MixtralConfig = load_config(directory)
-        dtype = DTYPES[self._config.dtype]
+        self._model_config = load_config(directory)
         self._shard = Shard(self.rank, self._config.parallel.tensor, self._placement.slots_of(self.rank))
         read = 0
 
@@ -70,9 +64,13 @@ class Worker:
                 progress(done, total)
 
         self._weights = load_weights(
-            directory, self._model_config, self._shard, dtype=dtype, device=self._device, progress=count
+            directory, self._model_config, self._shard, dtype=self._dtype, device=self._device, progress=count
         )
-        page = KVCache.bytes_per_page(self._model_config, self._shard, self._config.kv.page_size, dtype)
+        self._tokenizer = load_tokenizer(directory)
+        self._compiler = GrammarCompiler(
+            self._tokenizer.vocabulary, self._tokenizer.eos_ids, self._model_config.vocab_size
+        )
+        page = KVCache.bytes_per_page(self._model_config, self._shard, self._config.kv.page_size, self._dtype)
         return WorkerFacts(
             pid=os.getpid(),
             node=socket.gethostname(),
@@ -93,11 +91,20 @@ class Worker:
             self._shard,
             num_pages=num_pages,
             page_size=self._config.kv.page_size,
-            dtype=DTYPES[self._config.dtype],
+            dtype=self._dtype,
             device=self._device,
         )
-        self._sequences.clear()
+        self._state = RankState(
+            self._tokenizer.eos_ids,
+            self._model_config.vocab_size,
+            lambda grammar: self.prepare(grammar).matcher(),
+            samples=self.rank == 0,
+        )
         self._next_step = 0
+
+    def prepare(self, grammar: Grammar) -> CompiledGrammar:
+        """Compile a grammar into the cache, so that no step has to. Callable beside a step. ModelError if it cannot."""
+        return self._compiler.compile(grammar.kind, grammar.text, opens_text=grammar.opens_text)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -105,43 +112,76 @@ class Worker:
             raise StepFailed(f"rank {self.rank} was given step {plan.step} but expected step {self._next_step}")
         self._next_step += 1
         self._stages.start("build")
-        batch = self._build(plan)
-        exchange = self._exchange(plan)
-        hidden_RD = self._model.forward(batch, self._kv, exchange)
-        logits_RV = self._model.logits(hidden_RD)
-        self._stages.start("sample")
-        sampled = [chunk.seq for chunk in plan.chunks if chunk.sample]
-        token_ids = self._sample(sampled, logits_RV)
-        return StepResult(plan.step, tuple(sampled), token_ids, StepTimes(**self._stages.take()))
-
-    def _build(self, plan: StepPlan) -> Batch:
-        for number in plan.releases:
-            del self._sequences[number]
-        for start in plan.starts:
-            self._sequences[start.seq] = _SequenceState(start.sampling, start.num_generated)
-        page_size = self._config.kv.page_size
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        spans: list[SequenceSpan] = []
-        logits_rows: list[int] = []
-        for chunk in plan.chunks:
-            pages = self._sequences[chunk.seq].pages
-            pages.extend(chunk.new_pages)
-            end = chunk.start + len(chunk.token_ids)
-            spans.append(SequenceSpan(len(token_ids), len(chunk.token_ids), end, page_runs(pages)))
-            token_ids.extend(chunk.token_ids)
-            positions.extend(range(chunk.start, end))
-            slots.extend(pages[p // page_size] * page_size + p % page_size for p in range(chunk.start, end))
-            if chunk.sample:
-                logits_rows.append(len(token_ids) - 1)
-        return Batch(
-            self._tensor(token_ids),
-            self._tensor(positions),
-            self._tensor(slots),
-            tuple(spans),
-            self._tensor(logits_rows),
+        step = self._state.take(plan, self._kv, self._device)
+        hidden_RD = self._model.forward(step.batch, self._kv, self._exchange(plan))
+        prompt_logprobs = {w.seq: self._judge(w, hidden_RD) for w in step.wanted if w.targets}
+        pooled = self._pool([w for w in step.wanted if w.pools], hidden_RD)
+        sampling = [w for w in step.wanted if w.samples]
+        token_ids, logprobs = self._sample(sampling, hidden_RD)
+        states = [self._state.sequences[chunk.seq] for chunk in plan.chunks]
+        return StepResult(
+            plan.step,
+            tuple(w.seq for w in sampling),
+            token_ids,
+            StepTimes(**self._stages.take()),
+            logprobs,
+            prompt_logprobs,
+            pooled,
+            failed={s.start.seq: s.sampled.error for s in states if s.sampled is not None and s.sampled.error},
         )
+
+    def _sample(self, wanted: Sequence[Wanted], hidden_RD: Tensor) -> tuple[tuple[int, ...], dict[int, TokenLogprob]]:
+        """The next token of each sequence: rank 0 chooses, the others are told."""
+        if not wanted:
+            return (), {}
+        logits_RV = self._model.logits(hidden_RD[[w.rows[-1] for w in wanted]])
+        self._stages.start("sample")
+        states = [self._state.sequences[w.seq] for w in wanted]
+        logprobs: dict[int, TokenLogprob] = {}
+        if self.rank == 0:
+            sequences = [state.sampled for state in states if state.sampled is not None]
+            ids_R = choose(logits_RV, sequences)
+            top = {r: n for r, s in enumerate(sequences) if (n := s.sampling.logprobs) is not None}
+            if top:
+                found = token_logprobs(logits_RV[list(top)], ids_R[list(top)], list(top.values()))
+                logprobs = {wanted[r].seq: logprob for r, logprob in zip(top, found, strict=True)}
+        else:
+            ids_R = torch.empty(len(wanted), dtype=torch.int64, device=self._device)
+        if self._comm.size > 1:
+            self._stages.start("exchange")
+            ids_R = self._comm.broadcast(ids_R, 0)
+        token_ids = tuple(ids_R.tolist())
+        for state, token_id in zip(states, token_ids, strict=True):
+            state.last_sampled = token_id
+        return token_ids, logprobs
+
+    def _judge(self, wanted: Wanted, hidden_RD: Tensor) -> tuple[TokenLogprob, ...]:
+        """What the model thought of the prompt tokens that follow the wanted rows."""
+        sampling = self._state.sequences[wanted.seq].start.sampling
+        assert sampling is not None
+        assert sampling.prompt_logprobs is not None
+        found: list[TokenLogprob] = []
+        for first in range(0, len(wanted.targets), HEAD_ROWS):
+            targets = wanted.targets[first : first + HEAD_ROWS]
+            row = wanted.rows[0] + first
+            logits_RV = self._model.logits(hidden_RD[row : row + len(targets)])
+            if self.rank == 0:
+                targets_R = torch.tensor(targets, device=self._device)
+                found += token_logprobs(logits_RV, targets_R, [sampling.prompt_logprobs] * len(targets))
+        return tuple(found)
+
+    def _pool(self, wanted: Sequence[Wanted], hidden_RD: Tensor) -> dict[int, tuple[tuple[float, ...], ...]]:
+        """Add the wanted rows to their texts; the vectors of the texts that end. Scores where the model has labels."""
+        pooled = {}
+        for w in wanted:
+            state = self._state.sequences[w.seq]
+            assert state.pool is not None
+            rows_LD = hidden_RD[w.rows[0] : w.rows[-1] + 1]
+            classifies = not self._model_config.is_language_model and self._weights.head is not None
+            state.pool = state.pool.add(self._model.logits(rows_LD) if classifies else rows_LD)
+            if w.ends:
+                pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
+        return pooled
 
     def _exchange(self, plan: StepPlan) -> Exchange:
         match plan.exchange:
@@ -151,25 +191,6 @@ class Worker:
                 return AllToAll(self._comm, self._tables, plan.num_tokens)
             case "all_reduce":
                 return AllReduce(self._comm, self._tables)
-
-    def _sample(self, sampled: list[int], logits_RV: Tensor) -> tuple[int, ...]:
-        rows = []
-        for number in sampled:
-            state = self._sequences[number]
-            params = state.sampling
-            assert params.seed is not None
-            rows.append(
-                SamplingRow(
-                    params.temperature, params.top_k, params.top_p, params.min_p, params.seed, state.num_generated
-                )
-            )
-            state.num_generated += 1
-        if self.rank != 0 or not rows:  # only rank 0 answers
-            return ()
-        return tuple(sample(logits_RV, rows).tolist())
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":

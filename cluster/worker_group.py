@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import monotonic
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 from cluster.config import EngineConfig
 from cluster.errors import StepFailed
 from cluster.memory import page_budget
-from cluster.messages import RankStatus, StepPlan, StepResult, WorkerFacts
+from cluster.messages import Grammar, RankStatus, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
 from cluster.process_group import Transport
 from cluster.rank_actor import RankActor
@@ -47,6 +48,9 @@ class WorkerGroup(Protocol):
     def step(self, plan: StepPlan) -> PendingStep:
         """Hand a plan to every rank. Plans are carried out in the order they are handed in."""
 
+    def prepare(self, grammar: Grammar) -> None:
+        """Compile a grammar where tokens are chosen, beside the steps. Blocks; ModelError if it cannot be."""
+
     def ranks(self) -> tuple[RankStatus, ...]: ...
 
     def stop(self) -> None:
@@ -54,31 +58,40 @@ class WorkerGroup(Protocol):
 
 
 class InProcessGroup:
-    """One rank in this process: a step is done when step() returns."""
+    """One rank in this process, on a thread of its own: the engine plans while it computes."""
 
     def __init__(self, config: EngineConfig, placement: Placement, max_model_len: int) -> None:
         self._config = config
         self._max_model_len = max_model_len
         self._worker = Worker(0, config, placement)
         self._clock = _StepClock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank-0")
         self._status = RankStatus(0, os.getpid(), socket.gethostname(), config.device, "loading", None)
 
     def start(self) -> int:
         num_pages = page_budget(self._config, [self._worker.load()], self._max_model_len)
-        self._worker.join(SoloComm(), num_pages)
+        # On the thread that will step: torch's number of threads is each thread's own to set.
+        self._thread.submit(self._worker.join, SoloComm(), num_pages).result()
         self._status = replace(self._status, state="ready")
         return num_pages
 
     def step(self, plan: StepPlan) -> PendingStep:
-        result = self._worker.step(plan)
-        self._clock.tick()
-        return _Done(result)
+        return self._thread.submit(self._step, plan)
+
+    def prepare(self, grammar: Grammar) -> None:
+        self._worker.prepare(grammar)
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return (replace(self._status, last_step_age_s=self._clock.age()),)
 
     def stop(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
         self._status = replace(self._status, state="dead")
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        result = self._worker.step(plan)
+        self._clock.tick()
+        return result
 
 
 class RayGroup:
@@ -138,6 +151,14 @@ class RayGroup:
     def step(self, plan: StepPlan) -> PendingStep:
         return _RayStep([actor.step.remote(plan) for actor in self._actors], self._clock)
 
+    def prepare(self, grammar: Grammar) -> None:
+        import ray
+
+        try:
+            ray.get(self._actors[0].prepare.options(concurrency_group="control").remote(grammar))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
     def ranks(self) -> tuple[RankStatus, ...]:
         return tuple(replace(status, last_step_age_s=self._clock.age()) for status in self._statuses)
 
@@ -178,7 +199,7 @@ class RayGroup:
             "num_cpus": self._config.parallel.cpus_per_rank,
             "num_gpus": 1 if self._config.device == "cuda" else 0,
             "max_restarts": 0,
-            "concurrency_groups": {"control": 2},
+            "concurrency_groups": {"control": 4},
         }
         if self._placement_group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
@@ -220,14 +241,6 @@ class _StepClock:
 
     def age(self) -> float | None:
         return None if self._last is None else monotonic() - self._last
-
-
-class _Done:
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def result(self) -> StepResult:
-        return self._result
 
 
 class _RayStep:

@@ -1,10 +1,11 @@
-"""What can be wrong with a model on disk. Each message is one sentence that names the file and what to change.
+"""What can be wrong with a model on disk, or with a grammar. Each message is one sentence that says what to change.
 
 ModelError (ValueError)
 ├── ConfigError       config.json / params.json says something we cannot honour
 ├── CheckpointError   a weight file is missing, truncated, misshaped or not what the config promises
 ├── TokenizerError    tokenizer files are missing or contradict the config; a chat template failed
-└── ConversionError   a checkpoint cannot be written in the other layout, or not there
+├── ConversionError   a checkpoint cannot be written in the other layout, or not there
+└── GrammarError      a grammar cannot be honoured, or an answer left its grammar
 """
 
 
@@ -25,4 +26,8 @@ class TokenizerError(ModelError):
 
 
 class ConversionError(ModelError):
+    pass
+
+
+class GrammarError(ModelError):
     pass

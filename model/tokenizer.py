@@ -62,6 +62,11 @@ class Tokenizer:
         """Ids are below this. The model's own vocabulary may be padded beyond it."""
         return len(self._vocabulary)
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What each id adds to a text."""
+        return self._vocabulary
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text, in which special tokens are found; between BOS and EOS where the checkpoint adds them."""
         ids = self._encoder.encode(_checked(text))

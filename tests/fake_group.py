@@ -7,34 +7,58 @@ forgets a token or finds the wrong prefix gives wrong tokens here.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 
-from cluster.messages import RankStatus, StepPlan, StepResult, StepTimes
-from cluster.worker_group import PendingStep
+from cluster.messages import (
+    LAST_SAMPLED,
+    Grammar,
+    RankStatus,
+    SequenceChunk,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    StepTimes,
+    TokenLogprob,
+)
 
 VOCABULARY = 50
 
 
 def next_token(token_ids: list[int], seed: int, index: int) -> int:
-    """What the fake model answers; 2 (end of sequence) about once in 25."""
+    """What the fake model answers; 2 (end of sequence) about once in 50."""
     return hash((tuple(token_ids), seed, index)) % VOCABULARY
 
 
+@dataclass
+class _State:
+    start: SequenceStart
+    num_generated: int
+    pages: list[int] = field(default_factory=list)
+    last_sampled: int = LAST_SAMPLED
+
+
 class FakeGroup:
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
         self._num_pages = num_pages
         self._page_size = page_size
-        self._slots: dict[int, int] = {}  # slot -> token
-        self._pages: dict[int, list[int]] = {}
-        self._sampling: dict[int, tuple[int, int]] = {}  # seq -> (seed, tokens sampled)
+        self._window = window
+        self._slots: dict[int, tuple[int, int]] = {}  # slot -> position and token
+        self._states: dict[int, _State] = {}
         self.plans: list[StepPlan] = []
+        self.computed = 0  # tokens
         self.fail_with: Exception | None = None
+        self.fail_sequence: str | None = None  # why the first sequence of each plan fails
         self.tickets: threading.Semaphore | None = None  # each step takes one, and waits for it
+        self.prepare_error: Exception | None = None
         self.stopped = False
 
     def start(self) -> int:
         return self._num_pages
 
-    def step(self, plan: StepPlan) -> PendingStep:
+    def step(self, plan: StepPlan) -> FakeStep:
+        return FakeStep(self, plan)
+
+    def compute(self, plan: StepPlan) -> StepResult:
         if self.tickets is not None:
             self.tickets.acquire()
         if self.fail_with is not None:
@@ -42,26 +66,17 @@ class FakeGroup:
         assert plan.step == len(self.plans)
         self.plans.append(plan)
         for number in plan.releases:
-            del self._pages[number], self._sampling[number]
+            del self._states[number]
         for start in plan.starts:
-            assert start.seq not in self._pages
-            assert start.sampling.seed is not None
-            self._pages[start.seq] = []
-            self._sampling[start.seq] = (start.sampling.seed, start.num_generated)
-        sampled: dict[int, int] = {}
+            assert start.seq not in self._states
+            self._states[start.seq] = _State(start, len(start.token_ids) - start.num_prompt)
         for chunk in plan.chunks:
-            pages = self._pages[chunk.seq]
-            pages.extend(chunk.new_pages)
-            for position, token in enumerate(chunk.token_ids, chunk.start):
-                self._slots[self._slot(pages, position)] = token
-        for chunk in plan.chunks:
-            if chunk.sample:
-                end = chunk.start + len(chunk.token_ids)
-                context = [self._slots[self._slot(self._pages[chunk.seq], p)] for p in range(end)]
-                seed, index = self._sampling[chunk.seq]
-                sampled[chunk.seq] = next_token(context, seed, index)
-                self._sampling[chunk.seq] = (seed, index + 1)
-        return Done(StepResult(plan.step, tuple(sampled), tuple(sampled.values()), StepTimes()))
+            self._store(chunk)
+        return self._result(plan)
+
+    def prepare(self, grammar: Grammar) -> None:
+        if self.prepare_error is not None:
+            raise self.prepare_error
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return ()
@@ -69,13 +84,71 @@ class FakeGroup:
     def stop(self) -> None:
         self.stopped = True
 
-    def _slot(self, pages: list[int], position: int) -> int:
-        return pages[position // self._page_size] * self._page_size + position % self._page_size
+    def _store(self, chunk: SequenceChunk) -> None:
+        state = self._states[chunk.seq]
+        state.pages.extend(chunk.new_pages)
+        for position, token in enumerate(chunk.token_ids, chunk.start):
+            if token == LAST_SAMPLED:
+                token = state.last_sampled
+                assert token != LAST_SAMPLED
+            if position < chunk.start + chunk.num_stored:
+                assert self._slots[self._slot(state, position)] == (position, token), "said to be stored, and is not"
+            else:
+                self._slots[self._slot(state, position)] = (position, token)
+            self.computed += 1
+
+    def _result(self, plan: StepPlan) -> StepResult:
+        sampled: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprob] = {}
+        prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        pooled: dict[int, tuple[tuple[float, ...], ...]] = {}
+        for chunk in plan.chunks:
+            state = self._states[chunk.seq]
+            end = chunk.start + len(chunk.token_ids)
+            sampling = state.start.sampling
+            if sampling is None:
+                pooled[chunk.seq] = tuple((float(self._read(state, p)),) for p in range(chunk.start, end))
+                continue
+            if sampling.prompt_logprobs is not None:
+                targets = state.start.token_ids[chunk.start + 1 : min(end + 1, state.start.num_prompt)]
+                prompt_logprobs[chunk.seq] = tuple(TokenLogprob(token, -1.0, 1, ()) for token in targets)
+            if chunk.sample:
+                first = 0 if self._window is None else max(0, end - self._window)
+                assert sampling.seed is not None
+                token = next_token(
+                    [self._read(state, p) for p in range(first, end)], sampling.seed, state.num_generated
+                )
+                state.num_generated += 1
+                state.last_sampled = sampled[chunk.seq] = token
+                if sampling.logprobs is not None:
+                    logprobs[chunk.seq] = TokenLogprob(token, -0.5, 1, ())
+        failed = {plan.chunks[0].seq: self.fail_sequence} if self.fail_sequence else {}
+        return StepResult(
+            plan.step,
+            tuple(sampled),
+            tuple(sampled.values()),
+            StepTimes(),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
+            failed=failed,
+        )
+
+    def _read(self, state: _State, position: int) -> int:
+        stored, token = self._slots[self._slot(state, position)]
+        assert stored == position, "somebody else's page"
+        return token
+
+    def _slot(self, state: _State, position: int) -> int:
+        return state.pages[position // self._page_size] * self._page_size + position % self._page_size
 
 
-class Done:
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
+class FakeStep:
+    """Computed when its result is asked for: until then the engine plans ahead of it."""
+
+    def __init__(self, group: FakeGroup, plan: StepPlan) -> None:
+        self._group = group
+        self._plan = plan
 
     def result(self) -> StepResult:
-        return self._result
+        return self._group.compute(self._plan)

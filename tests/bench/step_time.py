@@ -67,7 +67,11 @@ def plans(load: Load, exchange: Exchange) -> Iterator[StepPlan]:
         table = tuple(range(seq * pages, (seq + 1) * pages))
         tokens = tuple(5 + (seq + i) % 900 for i in range(CONTEXT))
         yield StepPlan(
-            step, (SequenceChunk(seq, tokens, 0, table, False),), (SequenceStart(seq, greedy, 0),), (), exchange
+            step,
+            (SequenceChunk(seq, tokens, 0, table, False),),
+            (SequenceStart(seq, tokens, len(tokens), greedy),),
+            (),
+            exchange,
         )
         step += 1
     tokens = tuple(7 + i % 900 for i in range(load.chunk))

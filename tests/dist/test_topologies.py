@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from cluster.all_to_all import AllReduce, AllToAll, SlotTables
 from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from cluster.kv_pool import PagePool
-from cluster.messages import Exchange, SamplingParams, StepPlan, StepResult
+from cluster.messages import Exchange, Request, SamplingParams, StepPlan, StepResult
 from cluster.placement import even_placement
 from cluster.process_group import Transport
 from cluster.scheduler import Scheduler
@@ -109,13 +110,21 @@ def recorded_run(directory: Path) -> list[tuple[StepPlan, StepResult]]:
     scheduler = Scheduler(config.scheduler, pool, eos_ids=())
     shared = tuple(range(20, 34))
     for number in range(6):
-        sampling = SamplingParams(30, temperature=0.0 if number % 2 else 0.8, seed=number)
-        scheduler.add(str(number), (*shared[: 5 + number * 2], 40 + number), sampling)
-    steps = []
-    while (plan := scheduler.schedule()) is not None:
-        result = worker.step(plan)
-        scheduler.postprocess(plan, result)
-        steps.append((plan, result))
+        extra = {"repetition_penalty": 1.3, "logprobs": 2, "prompt_logprobs": 1} if number == 2 else {}
+        sampling = SamplingParams(30, temperature=0.0 if number % 2 else 0.8, seed=number, **extra)  # type: ignore[arg-type]
+        prompt = (*shared[: 5 + number * 2], 40 + number)
+        scheduler.add(str(number), Request(str(number), prompt, sampling, n=2 if number == 3 else 1))
+    steps: list[tuple[StepPlan, StepResult]] = []
+    under_way: deque[StepPlan] = deque()
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        if plan is not None:
+            under_way.append(plan)
+        if len(under_way) == 2 or plan is None:
+            plan = under_way.popleft()
+            result = worker.step(plan)
+            scheduler.postprocess(plan, result)
+            steps.append((plan, result))
     assert scheduler.preemptions > 0
     return steps
 

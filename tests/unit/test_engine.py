@@ -7,14 +7,18 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from time import monotonic
 
 import pytest
 
 from cluster.config import EngineConfig, KVConfig, SchedulerConfig
 from cluster.engine import Engine
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
-from cluster.messages import Request, SamplingParams, TokenEvent
+from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
+from model.config import MixtralConfig
+from model.errors import ModelError
 from tests.fake_group import FakeGroup, next_token
+from tests.tiny import CONFIG
 
 EOS = 2
 
@@ -27,9 +31,12 @@ class LetterTokenizer:
     def __init__(self) -> None:
         self.decoded_after: list[tuple[int, ...]] = []
 
-    def incremental(self, prompt_ids: Sequence[int] = ()) -> LetterTokenizer:
+    def incremental(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> LetterTokenizer:
         self.decoded_after.append(tuple(prompt_ids))
         return self
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.push(ids)
 
     def push(self, ids: Sequence[int]) -> str:
         return "".join(chr(ord("A") + i) for i in ids)
@@ -44,7 +51,8 @@ async def running_engine(
 ) -> AsyncIterator[Engine]:
     group = group or FakeGroup(64, 4)
     config = EngineConfig("fake", kv=KVConfig(page_size=4), scheduler=scheduler or SchedulerConfig(8, 16, 8))
-    engine = Engine(config, group, group.start(), 128, LetterTokenizer())  # type: ignore[arg-type]
+    model = MixtralConfig.from_dict(CONFIG, "tiny")
+    engine = Engine(config, model, group, group.start(), 128, LetterTokenizer())  # type: ignore[arg-type]
     try:
         yield engine
     finally:
@@ -53,9 +61,10 @@ async def running_engine(
         assert engine.stats().pages_used == 0
 
 
-def request(request_id: str = "r", prompt: tuple[int, ...] = (5, 6), **sampling: object) -> Request:
-    params: dict[str, object] = {"max_tokens": 8, "seed": 0, "ignore_eos": True, **sampling}
-    return Request(request_id, prompt, SamplingParams(**params))  # type: ignore[arg-type]
+def request(request_id: str = "r", prompt: tuple[int, ...] = (5, 6), **fields: object) -> Request:
+    own = {name: fields.pop(name) for name in list(fields) if name in SamplingParams.__slots__}
+    params: dict[str, object] = {"max_tokens": 8, "seed": 0, "ignore_eos": True, **own}
+    return Request(request_id, prompt, SamplingParams(**params), **fields)  # type: ignore[arg-type]
 
 
 async def collect(engine: Engine, wanted: Request) -> list[TokenEvent]:
@@ -99,7 +108,7 @@ async def test_the_token_that_ends_an_answer_counts_but_has_no_text() -> None:
     shown = tokens[: tokens.index(end)]
     assert [t for event in events for t in event.token_ids] == [*shown, end]
     assert "".join(event.text for event in events) == text_of(shown)
-    assert events[-1].finish_reason == "stop"
+    assert (events[-1].finish_reason, events[-1].stop_reason) == ("stop", end)
 
 
 async def test_a_completion_is_decoded_after_its_prompt_and_a_message_by_itself() -> None:
@@ -115,7 +124,7 @@ async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
     async with running_engine() as engine:
         events = await collect(engine, request(prompt=(9,), max_tokens=30, stop=(stop,)))
         assert "".join(event.text for event in events) == whole[: whole.index(stop)]
-        assert events[-1].finish_reason == "stop"
+        assert (events[-1].finish_reason, events[-1].stop_reason) == ("stop", stop)
         await settled(engine)
 
 
@@ -235,3 +244,88 @@ async def test_seeds_drawn_for_the_caller_differ() -> None:
     async with running_engine() as engine:
         answers = [await collect(engine, request(f"r{n}", seed=None)) for n in range(4)]
     assert len({tuple(t for e in events for t in e.token_ids) for events in answers}) > 1
+
+
+async def test_choices_end_each_on_their_own() -> None:
+    async with running_engine() as engine:
+        events = await collect(engine, request(n=3, seed=4, max_tokens=9))
+    for choice in range(3):
+        own = [event for event in events if event.choice == choice]
+        assert [t for event in own for t in event.token_ids] == alone((5, 6), 9, 4 + choice)
+        assert [event.finish_reason for event in own] == [None] * 8 + ["length"]
+
+
+async def test_a_stop_string_ends_its_choice_only() -> None:
+    whole = [text_of(alone((5, 6), 30, seed)) for seed in (0, 1)]
+    stop = next(whole[0][i : i + 2] for i in range(3, 20) if whole[0][i : i + 2] not in whole[1])
+    async with running_engine() as engine:
+        events = await collect(engine, request(n=2, seed=0, max_tokens=30, stop=(stop,)))
+        texts = ["".join(event.text for event in events if event.choice == choice) for choice in (0, 1)]
+        assert texts == [whole[0][: whole[0].index(stop)], whole[1]]
+        assert [e.finish_reason for e in events if e.finish_reason] == ["stop", "length"]
+        await settled(engine)
+
+
+async def test_a_stop_string_and_a_stop_token_may_be_shown() -> None:
+    tokens = alone((9,), 30)
+    stop = text_of(tokens[4:6])
+    async with running_engine() as engine:
+        shown = request(prompt=(9,), max_tokens=30, include_stop_str_in_output=True)
+        by_text = await collect(engine, replace(shown, sampling=replace(shown.sampling, stop=(stop,))))
+        by_token = await collect(engine, replace(shown, sampling=replace(shown.sampling, stop_token_ids=(tokens[4],))))
+    whole = text_of(tokens)
+    assert "".join(event.text for event in by_text) == whole[: whole.index(stop) + 2]
+    assert "".join(event.text for event in by_token) == whole[: tokens.index(tokens[4]) + 1]
+
+
+async def test_echo_begins_every_choice_with_the_prompt() -> None:
+    async with running_engine() as engine:
+        events = await collect(engine, request(n=2, echo=True, max_tokens=3))
+    for choice in (0, 1):
+        text = "".join(event.text for event in events if event.choice == choice)
+        assert text == text_of([5, 6, *alone((5, 6), 3, choice)])
+
+
+async def test_a_grammar_that_cannot_be_compiled_is_the_caller_s_mistake() -> None:
+    group = FakeGroup(64, 4)
+    group.prepare_error = ModelError("a regex must close what it opens")
+    async with running_engine(group) as engine:
+        with pytest.raises(RequestInvalid, match="must close what it opens"):
+            await collect(engine, request(grammar=Grammar("regex", "(")))
+        assert engine.stats().steps == 0
+
+
+async def test_a_sequence_that_fails_fails_alone() -> None:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(0)
+    async with running_engine(group) as engine:
+        bad, good = (asyncio.ensure_future(collect(engine, request(f"r{n}", max_tokens=4))) for n in range(2))
+        await asyncio.sleep(0.01)
+        group.fail_sequence = "its grammar has no answer"
+        group.tickets.release()
+        assert [(e.finish_reason, e.error) for e in await bad] == [("error", "its grammar has no answer")]
+        group.fail_sequence = None
+        group.tickets.release(50)
+        assert [t for event in await good for t in event.token_ids] == alone((5, 6), 4)
+        assert engine.healthy
+
+
+async def test_encoding() -> None:
+    async with running_engine() as engine:
+        rows = await engine.encode(EncodeRequest("e", (7, 8, 9), "all"))
+        assert rows == [[7.0], [8.0], [9.0]]
+        with pytest.raises(RequestInvalid):
+            await engine.encode(EncodeRequest("e", (), "all"))
+
+
+async def test_a_deadline_passes_while_waiting() -> None:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
+    async with running_engine(group, SchedulerConfig(max_running=1, max_step_tokens=16, max_waiting=4)) as engine:
+        first = engine.generate(request("first", max_tokens=100))
+        await anext(first)
+        late = asyncio.ensure_future(collect(engine, request("late", deadline_s=monotonic())))
+        await asyncio.sleep(0.01)
+        group.tickets.release(300)
+        assert [(e.finish_reason, e.error) for e in await late] == [("error", "deadline")]
+        assert [event async for event in first][-1].finish_reason == "length"

@@ -31,6 +31,8 @@ WITHOUT_TORCH = {
     "cluster/memory.py",
     "cluster/exchange_rule.py",
     "cluster/errors.py",
+    "cluster/sequence.py",
+    "cluster/waiting.py",
 }
 INSIDE_FUNCTIONS = {"ray", "triton", "flash_attn"}  # imported where used, so that everything imports everywhere
 

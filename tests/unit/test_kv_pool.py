@@ -23,22 +23,39 @@ def fill(pages: PagePool, token_ids: list[int]) -> list[int]:
 
 def test_allocate_continues_the_run() -> None:
     pages = pool()
-    first = pages.allocate(2)
-    other = pages.allocate(1, after=4)
-    assert first == [0, 1]
-    assert other == [5]
+    assert pages.allocate(2) == [0, 1]
+    assert pages.allocate(1, after=4) == [5]
     assert pages.allocate(2, after=1) == [2, 3]
     pages.check_integrity()
 
 
-def test_a_prefix_is_found_again_and_leaves_one_token_to_compute() -> None:
+def test_a_new_run_leaves_room_behind_the_one_before() -> None:
+    pages = pool(num_pages=16)
+    assert pages.allocate(1, room=3) == [0]
+    assert pages.allocate(1, room=3) == [4]
+    assert pages.allocate(1, after=0) == [1]
+    assert pages.allocate(1, room=100) == [8], "less room where there is not so much"
+    pages.check_integrity()
+
+
+def test_scattered_pages_are_used_when_nothing_else_is_left() -> None:
+    pages = pool()
+    held = pages.allocate(8)
+    pages.release([held[1], held[4], held[6]])
+    assert sorted(pages.allocate(3)) == [1, 4, 6]
+    pages.check_integrity()
+
+
+def test_a_prefix_is_found_again() -> None:
     pages = pool()
     prompt = list(range(8))
     held = fill(pages, prompt)
     pages.release(held)
     assert pages.num_held == 0
-    assert pages.find_prefix(prompt)[0] == held[:1]  # both pages match, but a token must be computed
+    assert pages.find_prefix(prompt)[0] == held
     assert pages.find_prefix([*prompt, 9])[0] == held
+    assert pages.find_prefix(prompt[:-1])[0] == held[:1]
+    assert pages.find_prefix(prompt, salt="somebody else's")[0] == []
     assert pages.find_prefix([7, *prompt])[0] == []  # same tokens elsewhere are another prefix
     pages.check_integrity()
 

@@ -1,0 +1,142 @@
+"""One token sequence on its way through the engine: a choice of a request, or a text to encode.
+
+    token_ids    [ prompt ........ | generated ... ]        tokens whose ids are known
+    accepted     [ in pages, and the step that put them there is done ]
+    scheduled    [ accepted | in pages once the steps under way are done ..........]
+    in flight                                        samples that steps under way will add to token_ids
+
+Only the scheduler writes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cluster.messages import (
+    LAST_SAMPLED,
+    EncodeEvent,
+    FinishReason,
+    Pooling,
+    SamplingParams,
+    SequenceChunk,
+    SequenceStart,
+    TokenEvent,
+    TokenLogprob,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    number: int  # order of arrival
+    key: str  # the engine's name for the request
+    choice: int
+    token_ids: list[int]
+    num_prompt: int
+    sampling: SamplingParams | None  # seed drawn; None: nothing is sampled
+    pooling: Pooling | None
+    priority: int
+    user: str
+    salt: str
+    deadline_s: float | None
+    leader: Sequence | None = None  # the first choice of the same prompt, whose pages may be shared
+
+    num_scheduled: int = 0
+    num_accepted: int = 0
+    in_flight: int = 0
+    life: int = 0  # counts the times its pages were taken away: steps of an earlier life say nothing of this one
+    running: bool = False
+    started: bool = False  # the ranks know it
+    answered: bool = False  # an event went out
+    num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission
+    num_stored: int = 0  # scheduled tokens of which pages hold keys and values already
+    pages: list[int] = field(default_factory=list)
+    num_pages_sent: int = 0
+    num_pages_released: int = 0  # first pages, given back because the sliding window has passed them
+    digests: list[bytes] = field(default_factory=list)  # of the full pages whose tokens are accepted
+    followers: list[Sequence] = field(default_factory=list)  # choices that wait for this one's prompt
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pooled: list[tuple[float, ...]] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who comes first when not everybody can."""
+        return self.priority, self.number
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that can be scheduled now: 1 while decoding, 0 if the step under way ends the sequence."""
+        if self.in_flight and (
+            self.sampling is None or self.num_generated + self.in_flight >= self.sampling.max_tokens
+        ):
+            return 0
+        return len(self.token_ids) + self.in_flight - self.num_scheduled
+
+    @property
+    def wants_all_rows(self) -> bool:
+        """Every prompt token's hidden state is needed, so none may come from the prefix cache."""
+        return self.sampling is None or self.sampling.prompt_logprobs is not None
+
+    def start(self) -> SequenceStart:
+        return SequenceStart(self.number, tuple(self.token_ids), self.num_prompt, self.sampling, self.pooling)
+
+    def chunk(self, length: int) -> SequenceChunk:
+        """The next `length` tokens; they count as scheduled from now on."""
+        first, last = self.num_scheduled, self.num_scheduled + length
+        ids = self.token_ids[first:last]
+        if len(ids) < length:
+            ids.append(LAST_SAMPLED)
+        self.num_scheduled = last
+        ends = last == len(self.token_ids) + self.in_flight
+        new_pages = tuple(self.pages[self.num_pages_sent :])
+        self.num_pages_sent = len(self.pages)
+        stored, self.num_stored = self.num_stored, 0
+        if ends:
+            self.in_flight += 1
+        return SequenceChunk(self.number, tuple(ids), first, new_pages, ends, stored)
+
+    def take(self, token_id: int, logprob: TokenLogprob | None, eos_ids: frozenset[int]) -> TokenEvent:
+        """Append a sampled token; what to tell the caller, with a reason if it ends the sequence."""
+        sampling = self.sampling
+        assert sampling is not None
+        self.token_ids.append(token_id)
+        reason: FinishReason | None = None
+        if token_id in sampling.stop_token_ids or (token_id in eos_ids and not sampling.ignore_eos):
+            reason = "stop"
+        elif self.num_generated >= sampling.max_tokens:
+            reason = "length"
+        prompt_logprobs = None
+        if sampling.prompt_logprobs is not None:  # given once, with the first token
+            prompt_logprobs = (None, *self.prompt_logprobs)
+            self.sampling = replace(sampling, prompt_logprobs=None)
+        event = TokenEvent(
+            self.key,
+            (token_id,),
+            self.choice,
+            finish_reason=reason,
+            stop_reason=token_id if token_id in sampling.stop_token_ids else None,
+            cached_tokens=0 if self.answered or self.choice else self.num_cached,
+            logprobs=() if logprob is None else (logprob,),
+            prompt_logprobs=prompt_logprobs,
+        )
+        self.answered = True
+        return event
+
+    def failure(self, error: str) -> TokenEvent | EncodeEvent:
+        """The last event of a sequence that cannot go on."""
+        if self.sampling is None:
+            return EncodeEvent(self.key, error=error)
+        return TokenEvent(self.key, (), self.choice, finish_reason="error", error=error)
+
+    def lose_pages(self) -> list[int]:
+        """The pages it held; it has to begin again."""
+        held = self.pages[self.num_pages_released :]
+        self.pages, self.digests = [], []
+        self.num_scheduled = self.num_accepted = self.num_pages_sent = self.num_pages_released = self.num_stored = 0
+        self.prompt_logprobs, self.pooled = [], []
+        self.started = self.running = False
+        self.life += 1
+        return held

@@ -1,0 +1,256 @@
+"""Answers that must match a grammar: what may come next at each token, for a JSON schema, a regex, choices or Lark.
+
+    GrammarCompiler ── kind, text ──▶ CompiledGrammar ── one per sequence ──▶ Matcher ── accept(token) ──▶ ...
+                                                                                 └── apply_grammars(logits)
+
+The work is llguidance's: an Earley parser over lazily built automata, which walks the vocabulary as a tree of bytes.
+Nothing here looks at a clock: what a text may cost is bounded in sizes and in the library's own steps, so HTTP and
+every rank decide alike, on any machine and at any load, and a replay never fails where the first run did not.
+
+Tokens are bytes here. A token without text (control tokens, ids that only the model's padded vocabulary has) is never
+allowed; an end of sequence is allowed exactly where the grammar may end.
+
+R rows, V vocabulary of the logits, B bytes of a row's mask.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from torch import Tensor
+
+from model.detokenizer import Vocabulary
+from model.errors import GrammarError
+from model.grammar_text import GrammarKind, library_grammar
+
+Result = TypeVar("Result")
+
+# An eighth to a half of the library's own: what fits takes at most about half a second to compile and some ten
+# milliseconds to mask, whatever the text says.
+_LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=50_000,
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
+# The library recurses as deep as names refer to each other. The longest chain that a text has room for needs 60 MB.
+_STACK_BYTES = 256 << 20
+_LONGEST_REASON = 200
+
+
+class GrammarCompiler:
+    """Grammars for one vocabulary, the latest ones kept. Safe to share between threads."""
+
+    def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], vocab_size: int, max_cached: int = 64) -> None:
+        """vocab_size is the logits', which may be padded beyond the tokenizer's vocabulary."""
+        eos = frozenset(i for i in eos_ids if i < vocab_size)
+        self._texts = _token_texts(vocabulary, eos, vocab_size)
+        self._in_answers = sum(1 << i for i, text in enumerate(self._texts) if text or i in eos)
+        self._strips_leading_space = vocabulary.strips_leading_space
+        self._max_cached = max_cached
+        self._compiled: OrderedDict[tuple[GrammarKind, str, bool], CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+        self._compiling = threading.Lock()
+        self._tokenizer = _library_tokenizer(self._texts, eos) if eos else None
+
+    def compile(self, kind: GrammarKind, text: str, *, opens_text: bool = False) -> CompiledGrammar:
+        """A grammar of the whole answer, ready for use, or GrammarError.
+
+        opens_text: the answer is a text of its own, not one that goes on from the prompt's. Its first word's leading
+        space is then no part of it (detokenizer.py), so it is allowed in front of what matches.
+        """
+        key = (kind, text, opens_text and self._strips_leading_space)
+        if (known := self._cached(key)) is not None:
+            return known
+        with self._compiling:  # one at a time, so that many do not take every core
+            compiled = self._cached(key) or _on_deep_stack(lambda: self._compile(*key))
+        with self._lock:
+            self._compiled[key] = compiled
+            while len(self._compiled) > self._max_cached:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def validate(self, kind: GrammarKind, text: str) -> None:
+        """GrammarError where compile() would raise it. May take half a second: not for an event loop."""
+        self.compile(kind, text)
+
+    def _cached(self, key: tuple[GrammarKind, str, bool]) -> CompiledGrammar | None:
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+            return self._compiled.get(key)
+
+    def _compile(self, kind: GrammarKind, text: str, with_space: bool) -> CompiledGrammar:
+        answer = library_grammar(kind, text)
+        matcher = self._build(kind, "start: @answer", answer)
+        if with_space:
+            # Where the answer itself may begin with a space, only one that must stand in front of it is told apart.
+            optional = "" if self._may_begin_with_space(matcher) else "?"
+            matcher = self._build(kind, f'start: " "{optional} @answer', answer)
+        return CompiledGrammar(matcher)
+
+    def _build(self, kind: GrammarKind, start: str, answer: Mapping[str, object]) -> Matcher:
+        if self._tokenizer is None:
+            raise GrammarError("this model has no end of sequence, so an answer cannot end where its grammar does")
+        # Unless told so, the library forces text as the tokens that it would write, not those the model would.
+        top = {"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{start}'}
+        try:
+            grammar = json.dumps({"grammars": [top, {"name": "answer", **answer}]}, allow_nan=False)
+        except (ValueError, RecursionError):
+            raise GrammarError(f"the {kind} has a number that is too large or a value nested too deeply") from None
+        matcher = Matcher(LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS), self._in_answers)
+        try:
+            matcher.mask()  # what cannot begin is refused here
+        except GrammarError as error:
+            raise GrammarError(f"the {kind} cannot be used: {error}") from None
+        return matcher
+
+    def _may_begin_with_space(self, matcher: Matcher) -> bool:
+        mask = matcher.mask()
+        return any(text.startswith(b" ") and mask[i >> 3] >> (i & 7) & 1 for i, text in enumerate(self._texts))
+
+
+class CompiledGrammar:
+    """Immutable: every sequence gets a matcher of its own."""
+
+    def __init__(self, beginning: Matcher) -> None:
+        self._beginning = beginning
+        self._lock = threading.Lock()  # the library refuses two callers at once
+
+    def matcher(self) -> Matcher:
+        with self._lock:
+            return self._beginning.copy()
+
+
+class Matcher:
+    """Where one sequence's answer is in its grammar. Once it has raised, it only raises."""
+
+    def __init__(self, library: LLMatcher, in_answers: int) -> None:
+        self._library = library
+        self._in_answers = in_answers  # one bit for each id, as in mask(): tokens with text, and ends of sequence
+
+    def copy(self) -> Matcher:
+        return Matcher(self._library.deep_copy(), self._in_answers)
+
+    @property
+    def finished(self) -> bool:
+        """Nothing but an end of sequence may follow."""
+        return self._library.is_stopped() and not self._library.is_error()
+
+    def accept(self, token_id: int) -> None:
+        """The answer's next token."""
+        if not self._in_answers >> token_id & 1:  # the library would take it for an empty text
+            raise GrammarError(f"token {token_id} cannot be in an answer with a grammar: it has no text")
+        if not self._library.consume_token(token_id):
+            raise GrammarError(f"token {token_id} cannot come next: {_reason(self._library)}")
+
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """What was generated before a preemption or a recovery."""
+        for token_id in token_ids:
+            self.accept(token_id)
+
+    def mask(self) -> bytes:
+        """One bit for each id, the lowest first: may it come next?"""
+        mask = self._library.compute_bitmask()
+        if self._library.is_error():
+            raise GrammarError(_reason(self._library))
+        return (int.from_bytes(mask, "little") & self._in_answers).to_bytes(len(mask), "little")
+
+
+def apply_grammars(logits_RV: Tensor, matchers: Mapping[int, Matcher]) -> dict[int, GrammarError]:
+    """Set to -inf, in place, what each matcher's row forbids. Rows that cannot go on come back with their reason.
+
+    Comes after bans and biases (logit_rules.py): a row that they leave no allowed token is one that cannot go on.
+    """
+    masks: dict[int, bytes] = {}
+    failed: dict[int, GrammarError] = {}
+    for row, matcher in matchers.items():
+        try:
+            masks[row] = matcher.mask()
+        except GrammarError as error:
+            failed[row] = error
+    if not masks:
+        return failed
+    rows = torch.tensor(list(masks), device=logits_RV.device)
+    bytes_RB = torch.frombuffer(bytearray(b"".join(masks.values())), dtype=torch.uint8).view(len(masks), -1)
+    allowed_RV = _unpack(bytes_RB.to(logits_RV.device), logits_RV.shape[1])
+    some_RV = logits_RV[rows].masked_fill_(~allowed_RV, -torch.inf)
+    logits_RV[rows] = some_RV
+    for row, best in zip(masks, some_RV.amax(dim=-1).tolist(), strict=True):
+        if best == -torch.inf:
+            failed[row] = GrammarError("every token that the grammar allows next is banned by the request")
+    return failed
+
+
+def _unpack(bytes_RB: Tensor, vocab_size: int) -> Tensor:
+    bit_8 = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bytes_RB.device)
+    return (bytes_RB[:, :, None] & bit_8).ne(0).flatten(1)[:, :vocab_size]
+
+
+def _token_texts(vocabulary: Vocabulary, eos_ids: frozenset[int], vocab_size: int) -> tuple[bytes, ...]:
+    """What each id adds to an answer; nothing, of ids that may not be in one. No UTF-8 text has a byte 0xFF."""
+
+    def text(i: int) -> bytes:
+        if i >= len(vocabulary) or i in vocabulary.special or i in eos_ids or b"\xff" in vocabulary.token_bytes[i]:
+            return b""
+        return vocabulary.token_bytes[i]
+
+    return tuple(map(text, range(vocab_size)))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the library asks of a tokenizer. It encodes nothing, since no text is forced."""
+
+    tokens: Sequence[bytes]
+    eos_token_id: int
+    bos_token_id: int | None = None
+
+    def __call__(self, text: bytes) -> list[int]:
+        return []
+
+
+def _library_tokenizer(texts: Sequence[bytes], eos_ids: frozenset[int]) -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(_Tokens(texts, min(eos_ids))), eos_token=sorted(eos_ids))
+
+
+def _on_deep_stack(work: Callable[[], Result]) -> Result:
+    """Runs work in a thread whose stack is large, whoever asks."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  raised again by result()
+            future.set_exception(error)
+
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        threading.Thread(target=run, name="grammar-compile").start()
+    finally:
+        threading.stack_size(before)
+    return future.result()
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The library's message in one line, without its own trace."""
+    message = matcher.get_error()
+    if message.startswith("NoExtension"):
+        return "nothing matches it"
+    if message.startswith("panic"):
+        return "it is too large"
+    lines = message.splitlines()
+    reason = next((line for line in lines if line.startswith("error: ")), lines[0])
+    return reason.removeprefix("error: ")[:_LONGEST_REASON]
