@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine
+from cluster.memory import held_at_once
 from cluster.placement import Placement, even_placement
 from cluster.worker_group import InProcessGroup, RayGroup, WorkerGroup
 from model.config import load_config
 from model.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 GroupFactory = Callable[[EngineConfig, Placement, int], WorkerGroup]
 
@@ -27,8 +31,8 @@ async def launch(config: EngineConfig, placement_group: Any = None) -> Engine:
         if engine is not None:
             engine.fail(reason)
 
-    def group(config: EngineConfig, placement: Placement, max_model_len: int) -> WorkerGroup:
-        return RayGroup(config, placement, max_model_len, placement_group=placement_group, on_death=on_death)
+    def group(config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> WorkerGroup:
+        return RayGroup(config, placement, tokens_per_sequence, placement_group=placement_group, on_death=on_death)
 
     engine = await _launch(config, group)
     if failures:
@@ -44,9 +48,18 @@ async def launch_in_process(config: EngineConfig) -> Engine:
 async def _launch(config: EngineConfig, make_group: GroupFactory) -> Engine:
     directory = Path(config.model_path)
     model = load_config(directory)
+    if model.unknown:
+        log.warning("config.json has fields that nobody here knows: %s", ", ".join(model.unknown))
     tokenizer = load_tokenizer(directory)
     placement = even_placement(model.num_hidden_layers, model.num_local_experts, config.parallel.tensor)
     wanted = config.max_model_len or model.max_position_embeddings
-    group = make_group(config, placement, wanted)
+    held = held_at_once(config, wanted, model.sliding_window)
+    group = make_group(config, placement, held)
     num_pages = await asyncio.to_thread(group.start)
-    return Engine(config, model, group, num_pages, min(wanted, num_pages * config.kv.page_size), tokenizer)
+    tokens = num_pages * config.kv.page_size
+    max_model_len = wanted if tokens >= held else tokens
+    log.info(
+        "KV memory: %d tokens in %d pages, enough for %d requests of %d tokens at once",
+        tokens, num_pages, tokens // min(held, tokens), max_model_len,
+    )  # fmt: skip
+    return Engine(config, model, group, num_pages, max_model_len, tokenizer)

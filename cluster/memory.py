@@ -13,7 +13,14 @@ GIB = 1 << 30
 CPU_LIMIT = 4 * GIB  # of one replica on one node: a laptop has other things to do
 
 
-def page_budget(config: EngineConfig, facts: Sequence[WorkerFacts], max_model_len: int) -> int:
+def held_at_once(config: EngineConfig, max_model_len: int, window: int | None) -> int:
+    """Tokens that one sequence has in pages at most: with a sliding window those behind it are given back."""
+    if window is None:
+        return max_model_len
+    return min(max_model_len, window + 2 * config.scheduler.max_step_tokens)  # one step is planned ahead
+
+
+def page_budget(config: EngineConfig, facts: Sequence[WorkerFacts], tokens_per_sequence: int) -> int:
     """Pages that fit on every rank, and no more than max_running sequences at full length could fill.
 
     Raises EngineError when not even one sequence of a max_model_len the operator asked for fits.
@@ -21,7 +28,7 @@ def page_budget(config: EngineConfig, facts: Sequence[WorkerFacts], max_model_le
     size = config.kv.page_size
     ranks_on = Counter(fact.node for fact in facts)
     fits = min(_bytes_for_pages(config, fact, ranks_on[fact.node]) // fact.bytes_per_page for fact in facts)
-    per_sequence = -(-max_model_len // size)
+    per_sequence = -(-tokens_per_sequence // size)
     needed = per_sequence if config.max_model_len is not None else 1
     if fits < needed:
         page = max(fact.bytes_per_page for fact in facts)

@@ -168,9 +168,9 @@ class Scheduler:
         for chunk, (sequence, life) in zip(plan.chunks, self._under_way.popleft(), strict=True):
             if chunk.sample:
                 sequence.in_flight -= 1
-            if sequence.choice not in self._requests.get(sequence.key, {}):
+            if sequence.gone:
                 continue  # it ended, or was aborted, while this step ran
-            if sequence.number in result.failed:
+            if result.failed and sequence.number in result.failed:
                 events.append(sequence.failure(result.failed[sequence.number]))
                 self._drop(sequence)
                 continue
@@ -287,24 +287,31 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, chunk: SequenceChunk, result: StepResult) -> None:
         """The chunk's tokens are in pages, and steps to come may rely on it."""
-        sequence.num_accepted = chunk.start + len(chunk.token_ids)
-        self.prompt_tokens += max(0, min(sequence.num_accepted, sequence.num_prompt) - chunk.start)
+        sequence.num_accepted = accepted = chunk.start + len(chunk.token_ids)
         size = self._pool.page_size
-        if self._pool.prefix_caching or sequence.followers:
-            for index in range(len(sequence.digests), sequence.num_accepted // size):
-                previous = sequence.digests[-1] if sequence.digests else sequence.salt.encode()
-                digest = self._pool.next_digest(previous, sequence.token_ids[index * size : (index + 1) * size])
-                sequence.digests.append(digest)
-                self._pool.remember(sequence.pages[index], digest)
+        if accepted // size > len(sequence.digests) and (self._pool.prefix_caching or sequence.followers):
+            self._publish(sequence)
         if self._window is not None:
-            passed = max(0, sequence.num_accepted - self._window + 1) // size
+            passed = max(0, accepted - self._window + 1) // size
             if passed > sequence.num_pages_released:
                 self._pool.release(sequence.pages[sequence.num_pages_released : passed])
                 sequence.num_pages_released = passed
-        sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.number, ())
-        sequence.pooled += result.pooled.get(sequence.number, ())
-        if sequence.num_accepted >= sequence.num_prompt:
-            self._release_followers(sequence)
+        if chunk.start < sequence.num_prompt:
+            self.prompt_tokens += min(accepted, sequence.num_prompt) - chunk.start
+            if accepted >= sequence.num_prompt:
+                self._release_followers(sequence)
+        if sequence.wants_all_rows:
+            sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.number, ())
+            sequence.pooled += result.pooled.get(sequence.number, ())
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Whoever has the same tokens may use the pages that are full now."""
+        size = self._pool.page_size
+        for index in range(len(sequence.digests), sequence.num_accepted // size):
+            previous = sequence.digests[-1] if sequence.digests else sequence.salt.encode()
+            digest = self._pool.next_digest(previous, sequence.token_ids[index * size : (index + 1) * size])
+            sequence.digests.append(digest)
+            self._pool.remember(sequence.pages[index], digest)
 
     def _answer(self, sequence: Sequence, token_id: int | None, result: StepResult) -> Event:
         """What the step that ended the sequence's known tokens says to its caller."""
@@ -326,6 +333,7 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence) -> None:
         """The sequence is gone, wherever it was."""
+        sequence.gone = True
         if sequence.running:
             self._running.remove(sequence)
             self._forget_pages(sequence)

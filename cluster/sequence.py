@@ -45,6 +45,7 @@ class Sequence:
     in_flight: int = 0
     life: int = 0  # counts the times its pages were taken away: steps of an earlier life say nothing of this one
     running: bool = False
+    gone: bool = False  # ended or aborted
     started: bool = False  # the ranks know it
     answered: bool = False  # an event went out
     num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission

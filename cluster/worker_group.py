@@ -60,16 +60,16 @@ class WorkerGroup(Protocol):
 class InProcessGroup:
     """One rank in this process, on a thread of its own: the engine plans while it computes."""
 
-    def __init__(self, config: EngineConfig, placement: Placement, max_model_len: int) -> None:
+    def __init__(self, config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> None:
         self._config = config
-        self._max_model_len = max_model_len
+        self._tokens_per_sequence = tokens_per_sequence
         self._worker = Worker(0, config, placement)
         self._clock = _StepClock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank-0")
         self._status = RankStatus(0, os.getpid(), socket.gethostname(), config.device, "loading", None)
 
     def start(self) -> int:
-        num_pages = page_budget(self._config, [self._worker.load()], self._max_model_len)
+        num_pages = page_budget(self._config, [self._worker.load()], self._tokens_per_sequence)
         # On the thread that will step: torch's number of threads is each thread's own to set.
         self._thread.submit(self._worker.join, SoloComm(), num_pages).result()
         self._status = replace(self._status, state="ready")
@@ -101,14 +101,14 @@ class RayGroup:
         self,
         config: EngineConfig,
         placement: Placement,
-        max_model_len: int,
+        tokens_per_sequence: int,
         *,
         placement_group: Any = None,  # bundle r holds rank r; None: wherever Ray finds room
         on_death: Callable[[str], None] = log.error,  # called once, from the watching thread, with a sentence
     ) -> None:
         self._config = config
         self._placement = placement
-        self._max_model_len = max_model_len
+        self._tokens_per_sequence = tokens_per_sequence
         self._placement_group = placement_group
         self._on_death = on_death
         self._clock = _StepClock()
@@ -123,7 +123,7 @@ class RayGroup:
         try:
             self._actors = [self._create(rank) for rank in range(self._config.parallel.tensor)]
             facts: list[WorkerFacts] = ray.get([actor.load.remote() for actor in self._actors])
-            num_pages = page_budget(self._config, facts, self._max_model_len)
+            num_pages = page_budget(self._config, facts, self._tokens_per_sequence)
             self._join(num_pages)
         except ray.exceptions.RayTaskError as error:  # what a rank raised, without Ray's wrapping
             self.stop()

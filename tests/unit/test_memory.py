@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import EngineConfig, KVConfig, SchedulerConfig
 from cluster.errors import EngineError
-from cluster.memory import CPU_LIMIT, page_budget
+from cluster.memory import CPU_LIMIT, held_at_once, page_budget
 from cluster.messages import WorkerFacts
 
 FACTS = WorkerFacts(1, "a", "cpu", 0, 0.0, bytes_per_page=1000, free_bytes=8_000_000)
@@ -40,3 +40,10 @@ def test_a_length_that_was_asked_for_must_fit() -> None:
     ):
         page_budget(config, [FACTS], 320)
     assert page_budget(replace(config, max_model_len=None), [FACTS], 320) == 10
+
+
+def test_a_sliding_window_bounds_what_a_sequence_holds() -> None:
+    config = replace(CONFIG, scheduler=SchedulerConfig(max_step_tokens=100))
+    assert held_at_once(config, 4096, None) == 4096
+    assert held_at_once(config, 4096, 512) == 712
+    assert held_at_once(config, 300, 512) == 300
