@@ -11,22 +11,28 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
-from deployments.auth import Keys, RequireKey
+from deployments.access_log import AccessLog
+from deployments.admission import KeyLimit, Pace, RequireKey
 from deployments.body import BodyLimit
 from deployments.errors import ApiError, internal
 from deployments.generation import Generation
+from deployments.live import Live
+from deployments.pooling import Poolers
+from deployments.prompts import Prompts
 from deployments.resolve import Resolved
-from deployments.serving import Engine
+from deployments.serving import Engine, Service
 from deployments.status import Status
+from deployments.tokenization import Tokenization
 
 KEEP_ALIVE_S = 10.0  # a comment in streams where nothing comes, so that nobody between takes them for dead
 
 
 def create_app(
-    engine: Engine, resolved: Resolved, keys: Keys, *, replica: str = "local", keep_alive_s: float = KEEP_ALIVE_S
+    engine: Engine, resolved: Resolved, live: Live, *, replica: str = "local", keep_alive_s: float = KEEP_ALIVE_S
 ) -> FastAPI:
     """The application owns the engine from here on: it stops it when it shuts down."""
-    names, limits = resolved.model_names, resolved.settings.limits
+    service = Service(engine, resolved.model_names, resolved.fingerprint, live, Pace(), keep_alive_s)
+    prompts = Prompts(engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,8 +44,10 @@ def create_app(
         openapi_url=None,
         lifespan=lifespan,
         middleware=[
-            Middleware(RequireKey, keys=keys),  # first, so that a stranger costs nothing
-            Middleware(BodyLimit, max_bytes=limits.max_body_bytes),
+            Middleware(AccessLog),
+            Middleware(RequireKey, live=live),  # before the rest, so that a stranger costs nothing
+            Middleware(KeyLimit, live=live),
+            Middleware(BodyLimit, live=live),
         ],
         exception_handlers={
             ApiError: _api_error,
@@ -48,8 +56,10 @@ def create_app(
             Exception: _our_mistake,
         },
     )
-    app.include_router(Generation(engine, names, limits, keep_alive_s).router())
-    app.include_router(Status(engine, names, resolved.config(), keys, replica).router())
+    app.include_router(Generation(service, prompts).router())
+    app.include_router(Poolers(service, prompts).router())
+    app.include_router(Tokenization(service, prompts).router())
+    app.include_router(Status(service, resolved.config(), replica).router())
     return app
 
 

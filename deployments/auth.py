@@ -8,30 +8,29 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from deployments.errors import ApiError
 from deployments.settings import Auth, SettingsError
 
 logger = logging.getLogger(__name__)
 
-OPEN_ROUTES = ("/health", "/ready")  # probes have no key; /health then says its status only
-
 
 class Keys:
-    """The accepted keys. Without a source every caller is accepted."""
+    """The accepted keys and whose they are. Without a source every caller is accepted.
+
+    The variable holds keys with commas between; the file one a line, with a name before it if the log and the limits
+    shall know it by one:  alice sk-...
+    """
 
     def __init__(self, auth: Auth, environment: Mapping[str, str]) -> None:
         self._file = auth.api_keys_file
         self._file_state: tuple[int, int, int] | None = None
-        self._from_file: frozenset[bytes] = frozenset()
-        self._from_variable = _digests(
-            environment.get(auth.api_keys_env or "", "").encode(errors="surrogateescape").split(b",")
-        )
+        self._from_file: dict[bytes, str] = {}
+        variable = environment.get(auth.api_keys_env or "", "").encode(errors="surrogateescape")
+        self._from_variable = {
+            _digest(key): f"env-{number}" for number, key in enumerate(variable.split(b","), 1) if key.strip()
+        }
         self.required = auth.api_keys_env is not None or auth.api_keys_file is not None
         if auth.api_keys_env is not None and not self._from_variable:
             raise SettingsError(f"auth.api_keys_env: the variable {auth.api_keys_env} holds no key.")
@@ -43,18 +42,21 @@ class Keys:
             if not self._from_file:
                 raise SettingsError(f"auth.api_keys_file: {self._file} holds no key; write one per line.")
 
-    def accept(self, authorization: str | None) -> bool:
-        """Whether the Authorization header carries a key; true when no keys are configured."""
-        if not self.required:
-            return True
+    def name_of(self, authorization: str | None) -> str | None:
+        """The name of the key that the Authorization header carries; None if it carries none of ours."""
         self._refresh()
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
-            return False
-        digest = sha256(key.strip().encode("latin-1")).digest()  # the header's own bytes
+            return None
+        digest = _digest(key.encode("latin-1"))  # the header's own bytes
+        known = self._from_variable | self._from_file
         # Compared with every key: stopping at the first match would tell where it stands.
-        matches = [hmac.compare_digest(digest, known) for known in self._from_variable | self._from_file]
-        return any(matches)
+        names = [name for one, name in known.items() if hmac.compare_digest(digest, one)]
+        return names[0] if names else None
+
+    def accept(self, authorization: str | None) -> bool:
+        """Whether the header opens what needs a key; true when no keys are configured."""
+        return not self.required or self.name_of(authorization) is not None
 
     def _refresh(self) -> None:
         if self._file is None:
@@ -73,7 +75,13 @@ class Keys:
         state = self._stat()
         with open(self._file, "rb") as file:
             lines = file.read(1 << 20).splitlines()
-        self._from_file = _digests(line for line in lines if not line.lstrip().startswith(b"#"))
+        self._from_file = {
+            _digest(key): name or f"file-{number}"
+            for number, line in enumerate(lines, 1)
+            if not line.lstrip().startswith(b"#")
+            for name, key in [_name_and_key(line)]
+            if key
+        }
         self._file_state = state
 
     def _stat(self) -> tuple[int, int, int]:
@@ -82,23 +90,10 @@ class Keys:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-class RequireKey:
-    """ASGI middleware: 401 for every route but the open ones, before anything of the request is read."""
-
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self.app = app
-        self.keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_ROUTES:
-            authorization = Headers(scope=scope).get("authorization")
-            if not self.keys.accept(authorization):
-                problem = "is not valid" if authorization else "is missing"
-                error = ApiError(401, f"The API key {problem}; send Authorization: Bearer KEY.", code="invalid_api_key")
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+def _name_and_key(line: bytes) -> tuple[str, bytes]:
+    *name, key = line.split() or [b""]
+    return b" ".join(name).decode(errors="replace")[:64], key
 
 
-def _digests(keys: Iterable[bytes]) -> frozenset[bytes]:
-    return frozenset(sha256(key.strip()).digest() for key in keys if key.strip())
+def _digest(key: bytes) -> bytes:
+    return sha256(key.strip()).digest()

@@ -11,24 +11,27 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.errors import ApiError, invalid
+from deployments.live import Live
 
+MAX_DEPTH = 64
 TIMEOUT_S = 60.0  # for a whole body to arrive: half of one holds a place among the requests
 
 
 class BodyLimit:
-    """ASGI middleware: no route receives more than max_bytes, whatever Content-Length claims."""
+    """ASGI middleware: no route receives more than limits.max_body_bytes, whatever Content-Length claims."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, live: Live) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self._live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        max_bytes = self._live.limits.max_body_bytes
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self.max_bytes:
-            await self._too_large().response()(scope, receive, send)
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            await _too_large(max_bytes).response()(scope, receive, send)
             return
         received = 0
 
@@ -36,16 +39,11 @@ class BodyLimit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise self._too_large()
+            if received > max_bytes:
+                raise _too_large(max_bytes)
             return message
 
         await self.app(scope, limited, send)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"The body is larger than {self.max_bytes} bytes; send less or raise limits.max_body_bytes."
-        )
 
 
 async def read_json(request: Request, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
@@ -63,8 +61,10 @@ async def read_json(request: Request, timeout_s: float = TIMEOUT_S) -> dict[str,
         value = json.loads(body.decode(), parse_constant=_not_a_number)
         if b"\\ud" in body.lower():  # may be half of a surrogate pair, which no tokenizer can encode
             json.dumps(value, ensure_ascii=False).encode()
+        if _is_deep(value, body):
+            raise invalid(f"The body is nested too deeply; {MAX_DEPTH} levels are possible.")
     except RecursionError:
-        raise invalid("The body is nested too deeply.") from None
+        raise invalid(f"The body is nested too deeply; {MAX_DEPTH} levels are possible.") from None
     except UnicodeError:
         raise invalid("The body is not valid UTF-8 text.") from None
     except ValueError as error:  # json's own; an integer of thousands of digits is one too
@@ -72,6 +72,25 @@ async def read_json(request: Request, timeout_s: float = TIMEOUT_S) -> dict[str,
     if not isinstance(value, dict):
         raise invalid(f"The body must be a JSON object, not {type(value).__name__}.")
     return value
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {max_bytes} bytes; send less or raise limits.max_body_bytes.")
+
+
+def _is_deep(value: object, body: bytes) -> bool:
+    """Whether more than MAX_DEPTH objects and lists lie within one another: all below may then use recursion."""
+    if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
+        return False
+    layer = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [
+            list(each.values()) if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list)
+        ]
+        if not inner:
+            return False
+        layer = [item for items in inner for item in items]
+    return any(isinstance(each, dict | list) for each in layer)
 
 
 def _not_a_number(name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The command line, mixtral-serve: a Ray of our own with the application on it, from start to end.
+"""The command line, mixtral-serve: serve, batch and doctor.
 
 Talks to people: one sentence on stderr and a status above zero when it cannot. Everything it starts, it ends:
 processes, shared memory, and the directory with their logs. Ray is imported only once the configuration is right,
@@ -8,9 +8,11 @@ so that a typing error is answered at once.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -22,10 +24,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from deployments.config_file import HttpOptions, read_config_file
-from deployments.resolve import Resolved, resolve
-from deployments.settings import Settings, SettingsError, environment, load
+from deployments.batch import BatchStopped, run_batch
+from deployments.batch_file import Entry, Output, read_entries
+from deployments.config_file import ConfigFile, HttpOptions, read_config_file
+from deployments.doctor import examine, page
+from deployments.resolve import Machine, Resolved, resolve
+from deployments.settings import Auth, Settings, SettingsError, environment, load
 
+CONFIG_HELP = "a Serve config file; without one, the defaults"
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
 
 SERVE_HELP = """\
@@ -44,23 +50,41 @@ parallel.tensor is MIXTRAL_PARALLEL__TENSOR there and --set parallel.tensor=2 he
 """
 
 
+BATCH_HELP = """\
+Answer the requests of an OpenAI batch file, without a server.
+
+  mixtral-serve batch requests.jsonl answers.jsonl --model ~/models/mixtral
+
+Answers are written as they come, in any order; custom_id says which is whose. Interrupted or killed, the same command
+goes on where it was: no request is answered twice, none is lost.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        return _serve(options)
+        status: int = options.run(options)
+        return status
     except SettingsError as error:
         print(f"mixtral-serve: {error}", file=sys.stderr)
         return 2
+    except BatchStopped as error:
+        print(f"mixtral-serve: {error}; the same command goes on from here.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before there was anything to finish, or the second one
         return 130
 
 
-def _serve(options: argparse.Namespace) -> int:
-    file = read_config_file(options.config)
+def _settings(file: ConfigFile, options: argparse.Namespace) -> Settings:
     overrides = list(options.set)
     if options.model is not None:
         overrides.append(f"model={json.dumps(options.model)}")
-    settings = load(file.application.args, environment(), overrides)
+    return load(file.application.args, environment(), overrides)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    file = read_config_file(options.config)
+    settings = _settings(file, options)
     given = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
     address = file.http_options.model_copy(update=given)
     _check_port_free(address)
@@ -88,6 +112,50 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
             print("\nFinishing the answers that run; Ctrl-C again ends them now.", file=sys.stderr, flush=True)
             _drain(name)
     return 0
+
+
+def _batch(options: argparse.Namespace) -> int:
+    # No keys, and no deadline but the last: nobody comes from outside, and nobody waits for a single answer.
+    settings = _settings(read_config_file(options.config), options)
+    limits = settings.limits.model_copy(update={"request_timeout_s": 86400.0})
+    settings = settings.model_copy(update={"auth": Auth(), "limits": limits})
+    resolved = resolve(settings, _this_machine())
+    entries = read_entries(options.input, resolved.model_names)
+    with Output(options.output, entries) as output:
+        already = len(output.done)
+        failed = 0
+        if already < len(entries):
+            one_rank = resolved.engine.parallel.tensor == 1
+            with contextlib.nullcontext() if one_rank else _own_ray():
+                failed = asyncio.run(_answer_all(resolved, options, entries, output))
+    answered = len(output.done) - already
+    print(f"{answered} requests answered, {failed} of them with an error; {already} were answered before.")
+    return 0
+
+
+async def _answer_all(resolved: Resolved, options: argparse.Namespace, entries: list[Entry], output: Output) -> int:
+    from cluster.launch import launch, launch_in_process
+    from deployments.api import create_app
+    from deployments.live import Live
+
+    alone = resolved.engine.parallel.tensor == 1
+    engine = await (launch_in_process(resolved.engine) if alone else launch(resolved.engine))
+    app = create_app(engine, resolved, Live(resolved.settings, {}))
+    async with app.router.lifespan_context(app):
+        at_once = resolved.engine.scheduler.max_running
+        return await run_batch(app, engine, options.input, entries, output, at_once=at_once, quiet=options.quiet)
+
+
+def _this_machine() -> Machine:
+    import torch
+
+    return Machine(os.cpu_count() or 1, torch.cuda.device_count())
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = examine()
+    print(page(findings))
+    return int(any(finding.state == "bad" for finding in findings))
 
 
 def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str:
@@ -190,15 +258,28 @@ def _parser() -> argparse.ArgumentParser:
         description=SERVE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    serve.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="a Serve config file; without one, the defaults"
-    )
+    serve.set_defaults(run=_serve)
+    serve.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help=CONFIG_HELP)
     serve.add_argument("--host", help="address to listen on (127.0.0.1; 0.0.0.0 lets other machines in)")
     serve.add_argument("--port", type=_port, help="port to listen on (8000)")
-    serve.add_argument("--model", metavar="PATH", help="checkpoint directory, or demo")
-    serve.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="any setting; may be given several times"
+    batch = commands.add_parser(
+        "batch",
+        help="answer the requests of a file",
+        description=BATCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    batch.set_defaults(run=_batch)
+    batch.add_argument("input", type=Path, metavar="INPUT.jsonl", help="requests, one a line")
+    batch.add_argument("output", type=Path, metavar="OUTPUT.jsonl", help="answers, one a line; made, or gone on with")
+    batch.add_argument("--config", type=Path, metavar="CONFIG.yaml", help=CONFIG_HELP)
+    batch.add_argument("--quiet", action="store_true", help="no progress bar")
+    for command in (serve, batch):
+        command.add_argument("--model", metavar="PATH", help="checkpoint directory, or demo")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="PATH=VALUE", help="any setting; may be given several times"
+        )
+    doctor = commands.add_parser("doctor", help="what of this machine works, and what to change for the rest")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -65,10 +66,11 @@ def internal() -> ApiError:
     return ApiError(500, "The server made a mistake; its log says which.", code="internal_error")
 
 
-def from_engine(error: EngineError) -> ApiError:
+def from_engine(error: EngineError, retry_after_s: Callable[[], float]) -> ApiError:
+    """retry_after_s: when a place will be free, which is asked only for those who need one."""
     match error:
         case QueueFull():
-            return ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
+            return ApiError(429, str(error), code="queue_full", retry_after_s=retry_after_s())
         case RequestRejected():
             return ApiError(503, str(error), code="not_ready", retry_after_s=error.retry_after_s)
         case RequestInvalid():

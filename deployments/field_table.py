@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 
-from deployments.protocol import NOTHING_TO_DO, ChatRequest, CompletionRequest, GenerationRequest
+from deployments.chat_protocol import ChatRequest
+from deployments.protocol import NOTHING_TO_DO, CompletionRequest, GenerationRequest
 
 HEADER = """\
 # The OpenAI API here

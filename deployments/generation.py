@@ -1,171 +1,183 @@
-"""POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize: bodies to engine requests, answers to replies.
+"""POST /v1/completions and /v1/chat/completions: bodies to engine requests, answers to replies.
 
 body ──parse──▶ prompts (ids) ──run──▶ answers ──▶ one JSON document, or server-sent events
 """
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 import cluster.messages as messages
-from cluster.messages import SamplingParams
-from deployments.answers import Answers, Item, gather, run
+from cluster.messages import Grammar
+from deployments.access_log import record_of
+from deployments.answers import Answers, Item, run, with_shared_prompts
 from deployments.body import read_json
-from deployments.errors import ApiError, invalid
-from deployments.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationRequest,
-    Message,
-    TokenizeRequest,
-    parse,
-)
-from deployments.replies import ChatReply, CompletionReply, Reply, usage
-from deployments.serving import Engine
-from deployments.settings import Limits
-from deployments.streaming import EventStream, sent_events, until_disconnect
-from model.errors import TokenizerError
+from deployments.body_fields import MAX_PROMPTS, parse
+from deployments.chat_protocol import ChatRequest
+from deployments.chat_reply import CallsWanted, ChatReply
+from deployments.completion_reply import CompletionReply
+from deployments.concurrency import until_disconnect
+from deployments.errors import invalid
+from deployments.prompts import Ids, Prompts, check_model
+from deployments.protocol import CompletionRequest, GenerationRequest
+from deployments.replies import Frame, Reply, Shown
+from deployments.sampling import sampling_params
+from deployments.serving import Service
+from deployments.streaming import EventStream, gather, sent_events
+from deployments.tasks import require
+from deployments.tools import calls_grammar, text_or_calls_grammar
 
-Ids = Sequence[int]
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a body comes to, whichever route it came by."""
+
+    prompts: Sequence[Ids]
+    source: str  # the field they were written in
+    shown: Shown
+    grammar: Grammar | None
+    echo: bool = False
+    continues_prompt: bool = False
 
 
 class Generation:
-    """The routes that need the engine's tokenizer, most of them the engine too."""
-
-    def __init__(self, engine: Engine, model_names: Sequence[str], limits: Limits, keep_alive_s: float) -> None:
-        self._engine = engine
-        self._model_names = model_names
-        self._limits = limits
-        self._keep_alive_s = keep_alive_s
+    def __init__(self, service: Service, prompts: Prompts) -> None:
+        self._service = service
+        self._prompts = prompts
 
     def router(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/v1/completions", self.completions, methods=["POST"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        router.add_api_route("/tokenize", self.tokenize, methods=["POST"])
-        router.add_api_route("/detokenize", self.detokenize, methods=["POST"])
         return router
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionRequest, await read_json(request))
-        check_model(body.model, self._model_names)
-        prompts = [
-            await self._encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
-        reply = CompletionReply(_identity("cmpl", body.request_id), body.model, int(time.time()))
-        return await self._answer(request, body, prompts, reply, "prompt")
+        self._check(body, len(body.prompt))
+        prompts = await self._prompts.encode_all(body.prompt, body.add_special_tokens)
+        shown = Shown(
+            body.logprobs is not None,
+            body.prompt_logprobs is not None,
+            body.return_token_ids,
+            body.echo,
+            not body.skip_special_tokens,
+        )
+        wanted = Wanted(prompts, "prompt", shown, body.grammar, body.echo, continues_prompt=True)
+        reply = CompletionReply(self._frame("cmpl", body), shown, self._prompts.tokenizer)
+        return await self._answer(request, body, wanted, reply)
 
     async def chat(self, request: Request) -> Response:
         body = parse(ChatRequest, await read_json(request))
-        check_model(body.model, self._model_names)
-        prompt = await self._apply_template(body.messages, add_generation_prompt=True)
-        reply = ChatReply(_identity("chatcmpl", body.request_id), body.model, int(time.time()))
-        return await self._answer(request, body, [prompt], reply, "messages")
-
-    async def tokenize(self, request: Request) -> Response:
-        body = parse(TokenizeRequest, await read_json(request))
-        check_model(body.model, self._model_names)
-        if body.messages is not None:
-            ids = await self._apply_template(body.messages, body.add_generation_prompt)
-        else:
-            ids = await self._encode(body.prompt or "", body.add_special_tokens)
-        return JSONResponse({"count": len(ids), "max_model_len": self._engine.max_model_len, "tokens": list(ids)})
-
-    async def detokenize(self, request: Request) -> Response:
-        body = parse(DetokenizeRequest, await read_json(request))
-        check_model(body.model, self._model_names)
-        self._check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(self._engine.tokenizer.decode, body.tokens)})
+        self._check(body, 1)
+        prompt = await self._prompts.of_chat(body.messages, body.callable_tools)
+        shown = Shown(
+            body.logprobs, body.prompt_logprobs is not None, body.return_token_ids, False, not body.skip_special_tokens
+        )
+        grammar, calls = body.grammar, None
+        if body.callable_tools:
+            calls = CallsWanted(body.must_call, None if body.parallel_tool_calls else 1, body.names_a_tool)
+            grammar = self._tool_grammar(body)
+            prompt += self._prompts.marker() if body.must_call else []
+        wanted = Wanted([prompt], "messages", shown, grammar)
+        reply = ChatReply(self._frame("chatcmpl", body), shown, self._prompts.tokenizer, calls)
+        return await self._answer(request, body, wanted, reply, show_special_tokens=calls is not None)
 
     async def _answer(
-        self, request: Request, body: GenerationRequest, prompts: Sequence[Ids], reply: Reply, source: str
+        self,
+        request: Request,
+        body: GenerationRequest,
+        wanted: Wanted,
+        reply: Reply,
+        *,
+        show_special_tokens: bool = False,
     ) -> Response:
+        """show_special_tokens: to us, who look for them in the text."""
+        service, record = self._service, record_of(request.scope)
+        show_special_tokens |= not body.skip_special_tokens
         requests = [
-            messages.Request(
-                f"{reply.id}-{secrets.token_hex(4)}-{index}",  # a caller's request_id may come twice
-                tuple(prompt),
-                self._sampling(body, prompt, source),
-                continues_prompt=isinstance(body, CompletionRequest),
-            )
-            for index, prompt in enumerate(prompts)
+            self._engine_request(body, wanted, reply.id, index, prompt, record.key, show_special_tokens)
+            for index, prompt in enumerate(wanted.prompts)
         ]
-        prompt_tokens = sum(map(len, prompts))
-        answers = run(self._engine, requests, self._limits.request_timeout_s, self._keep_alive_s)
+        record.request_id = reply.id
+        record.prompt_tokens = sum(len(each.prompt_ids) for each in requests)
+        answers = run(service, requests)
+        if body.n > 1 and requests[0].sampling.prompt_logprobs is not None:
+            answers = with_shared_prompts(answers, body.n)
+        choices = [reply.choice(index, requests[index // body.n].prompt_ids) for index in range(len(requests) * body.n)]
         if body.stream:
             first = await until_disconnect(request.receive, _first(answers))
             options = body.stream_options
             include_usage = options is not None and options.include_usage
-            chunks = sent_events(reply, first, answers, prompt_tokens, len(requests), include_usage)
-            return EventStream(chunks, answers)
+            return EventStream(sent_events(reply, choices, record, first, answers, include_usage), answers)
         async with aclosing(answers):
-            whole = await until_disconnect(request.receive, gather(answers, len(requests)))
-        return JSONResponse(reply.whole(whole, usage(prompt_tokens, whole)))
+            whole = await until_disconnect(request.receive, gather(reply, choices, record, answers))
+        return JSONResponse(whole)
 
-    def _sampling(self, body: GenerationRequest, prompt: Ids, source: str) -> SamplingParams:
-        self._check_ids(prompt, source)
-        self._check_ids(body.stop_token_ids, "stop_token_ids")
-        longest = self._engine.max_model_len
-        if not prompt:
-            raise invalid(f"{source}: the prompt has no tokens; send at least one.", source)
-        if len(prompt) >= longest:
+    def _engine_request(
+        self,
+        body: GenerationRequest,
+        wanted: Wanted,
+        identity: str,
+        index: int,
+        prompt: Ids,
+        key: str | None,
+        show_special_tokens: bool,
+    ) -> messages.Request:
+        room = body.max_new_tokens or 1
+        prompt = self._prompts.check(prompt, wanted.source, room=room, truncate=body.truncate_prompt_tokens)
+        return messages.Request(
+            f"{identity}-{secrets.token_hex(4)}-{index}",  # a caller's request_id may come twice
+            tuple(prompt),
+            sampling_params(
+                body,
+                self._service.engine.max_model_len - len(prompt),
+                self._prompts,
+                wanted.grammar,
+                show_special_tokens=show_special_tokens,
+            ),
+            n=body.n,
+            continues_prompt=wanted.continues_prompt,
+            echo=wanted.echo,
+            priority=body.priority,
+            user=f"{key or ''}:{body.user}",
+            cache_salt=body.cache_salt,
+            deadline_s=time.monotonic() + self._service.live.limits.request_timeout_s,
+        )
+
+    def _tool_grammar(self, body: ChatRequest) -> Grammar | None:
+        tools, at_most_one = body.callable_tools, not body.parallel_tool_calls
+        if body.must_call:
+            return calls_grammar(tools, at_most_one=at_most_one)
+        if body.grammar is None and not any(tool.function.strict for tool in tools):
+            return None
+        marker = self._prompts.marker_id()
+        if marker is None:
+            name = "tools[0].function.strict" if body.grammar is None else "response_format"
             raise invalid(
-                f"{source}: the prompt has {len(prompt)} tokens and this server takes {longest}, "
-                "at least one of them for the answer.",
-                source,
-                code="context_length_exceeded",
+                f"{name}: this model has no token for tool calls, so this needs tool_choice required or none.", name
             )
-        room = longest - len(prompt)
-        return SamplingParams(
-            max_tokens=room if body.max_new_tokens is None else min(room, body.max_new_tokens),
-            temperature=body.temperature,
-            top_k=max(0, body.top_k),
-            top_p=body.top_p,
-            min_p=body.min_p,
-            seed=None if body.seed is None else body.seed % (1 << 63),  # samplers know no negative seeds
-            stop=tuple(body.stop),
-            stop_token_ids=tuple(body.stop_token_ids),
-            ignore_eos=body.ignore_eos,
-        )
+        return text_or_calls_grammar(tools, marker, body.grammar, at_most_one=at_most_one)
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> Ids:
-        # Off the event loop: a body's worth of text takes long enough for every stream to notice.
-        encode = self._engine.tokenizer.encode
-        return await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+    def _check(self, body: GenerationRequest, prompts: int) -> None:
+        check_model(body.model, self._service.model_names)
+        require(self._service.engine, "generate")
+        most = self._service.live.limits.max_n
+        if body.n > most:
+            raise invalid(f"n: at most {most} here, limits.max_n of this server, not {body.n}.", "n")
+        if prompts * body.n > MAX_PROMPTS:
+            raise invalid(f"n: {prompts} prompts with {body.n} answers each are more than {MAX_PROMPTS} choices.", "n")
 
-    async def _apply_template(self, conversation: Sequence[Message], add_generation_prompt: bool) -> Ids:
-        turns = [{"role": message.role, "content": message.content} for message in conversation]
-        apply = self._engine.tokenizer.chat_prompt
-        try:
-            return await asyncio.to_thread(apply, turns, add_generation_prompt=add_generation_prompt)
-        except TokenizerError as error:
-            raise invalid(f"messages: {error}", "messages") from None
-
-    def _check_ids(self, ids: Ids, source: str) -> None:
-        size = self._engine.tokenizer.vocab_size
-        if ids and not 0 <= min(ids) <= max(ids) < size:
-            raise invalid(f"{source}: token ids of this model are 0 to {size - 1}.", source)
-
-
-def check_model(name: str | None, names: Sequence[str]) -> None:
-    if name is not None and name not in names:
-        possible = ", ".join(names)
-        raise ApiError(
-            404, f"There is no model {name[:80]!r} here; possible: {possible}.", param="model", code="model_not_found"
-        )
+    def _frame(self, kind: str, body: GenerationRequest) -> Frame:
+        identity = f"{kind}-{body.request_id or secrets.token_hex(12)}"
+        return Frame(identity, body.model, int(time.time()), self._service.fingerprint)
 
 
 async def _first(answers: Answers) -> Item:
     return await anext(answers)
-
-
-def _identity(kind: str, request_id: str | None) -> str:
-    return f"{kind}-{request_id or secrets.token_hex(12)}"

@@ -1,18 +1,21 @@
 """One replica: an engine with its ranks in the replica's placement group, and the HTTP application in front.
 
-Serve makes it an actor (deployments/app.py binds it), calls __serve_build_asgi_app__ once, check_health ever
-after, and the application's own shutdown once the last answer is out.
+Serve makes it an actor (deployments/app.py binds it), calls reconfigure and __serve_build_asgi_app__ once, check_health
+ever after, reconfigure again when the operator changes user_config, and the application's own shutdown once the last
+answer is out.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from fastapi import FastAPI
 
 from cluster.launch import launch
+from deployments import access_log
 from deployments.api import create_app
-from deployments.auth import Keys
+from deployments.live import Live
 from deployments.resolve import Resolved
 from deployments.serving import Engine
 from deployments.settings import environment
@@ -24,16 +27,24 @@ class Ingress:
     def __init__(self, resolved: Resolved) -> None:
         self._resolved = resolved
         self._engine: Engine | None = None
+        self._live = Live(resolved.settings, environment())
+        access_log.keep(resolved.settings.access_log)
+
+    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Serve's, before the first request and whenever the operator has changed user_config."""
+        if self._engine is None:
+            self._live.apply(user_config)
+        else:
+            self._live.change(user_config)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         from ray import serve
         from ray.util.placement_group import get_current_placement_group
 
         logger.info("configuration\n%s", self._resolved.table())
-        keys = Keys(self._resolved.settings.auth, environment())
         self._engine = await launch(self._resolved.engine, get_current_placement_group())
         replica = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._engine, self._resolved, keys, replica=replica)
+        return create_app(self._engine, self._resolved, self._live, replica=replica)
 
     def check_health(self) -> None:
         """Raises when only a new replica helps. Reads a flag: a busy engine is not an ill one."""

@@ -1,184 +1,98 @@
-"""Request bodies: the fields we honour, with their types and bounds, and those we only know.
+"""Bodies of the generation routes: the fields we honour, with their types and bounds, and those we only know.
 
-A field is honoured, or accepted at the value at which it asks for nothing (`neutral`), or refused by name;
-none is silently ignored. null always means "not given". docs/openai.md is the same list for people.
+docs/openai.md is the same list for people. Chat's own part is chat_protocol.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from deployments.errors import invalid
-from deployments.validation import describe
+from cluster.messages import Grammar
+from deployments.body_fields import MAX_PROMPTS, Body, Neutral, Prompts, Texts, TokenId
+from deployments.structure import ResponseFormat, StructuredOutputs
 
-MAX_PROMPTS = 1024  # of one request; each is a request of its own to the engine
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 256
+MAX_NAMED_TOKENS = 1 << 16
 
-Neutral = Mapping[str, tuple[object, ...]]
+GENERATION_NEUTRAL: Neutral = {"return_routing": (False,)}
 
-_NEUTRAL: Neutral = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "prompt_logprobs": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "truncate_prompt_tokens": (),
-    "echo": (False,),
-    "priority": (0,),
-    "cache_salt": (),
-    "return_token_ids": (False,),
-    "return_routing": (False,),
-    "structured_outputs": (),
-}
-
-COMPLETION_NEUTRAL: Neutral = {**_NEUTRAL, "best_of": (1,), "logprobs": (), "suffix": ("",)}
-
-CHAT_NEUTRAL: Neutral = {
-    **_NEUTRAL,
-    "add_special_tokens": (False,),  # the chat template writes them
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_options": ({"mode": "implicit"},),
-    "prompt_cache_retention": ("in_memory",),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
+COMPLETION_NEUTRAL: Neutral = {**GENERATION_NEUTRAL, "best_of": (1,), "suffix": ("",)}
 
 # Fields about the caller's account with a hosted service: any value of their type is fine, there is nothing to do.
-NOTHING_TO_DO = ("user", "metadata", "prompt_cache_key", "safety_identifier")
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    neutral: ClassVar[Neutral] = {}
-
-
-BodyT = TypeVar("BodyT", bound=Body)
-
-
-def parse(kind: type[BodyT], fields: dict[str, Any]) -> BodyT:
-    """The body as `kind`, or a 400 that names the first field that cannot be honoured."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name in [name for name in given if name in kind.neutral]:
-        value = given.pop(name)
-        neutral = kind.neutral[name]
-        # type(): False is not the neutral value 0, whatever == says.
-        if not any(value == one and (type(value) is bool) is (type(one) is bool) for one in neutral):
-            allowed = " or ".join(["leave it out", *(f"use {json.dumps(one)}" for one in neutral)])
-            raise invalid(f"{name}: {json.dumps(value)[:60]} is not possible in this version; {allowed}.", name)
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        path, message = describe(error, kind)
-        raise invalid(message, path or None) from None
-
-
-def _listed(value: object) -> object:
-    """One text is a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-def _prompts(value: object) -> object:
-    """Text, ids, a list of texts or a list of ids, as a list of prompts."""
-    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
-        value = [value]
-    if not isinstance(value, list) or not 0 < len(value) <= MAX_PROMPTS:
-        raise ValueError(f"must be a text, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these")
-    for prompt in value:
-        ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-        if not ids and not isinstance(prompt, str):
-            raise ValueError("every prompt must be a text or a list of token ids")
-    return value
-
-
-def _text(content: object) -> object:
-    """The text of a message; a list of text parts is joined."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"only parts {{type: text, text: ...}} are possible, and one of type {str(kind)[:60]!r}")
-        texts.append(part["text"])
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("the text of a part must be a string")
-    return "".join(texts)
-
-
-def _template_role(role: str) -> str:
-    """OpenAI's newer name for the system role; templates know only the old one."""
-    return "system" if role == "developer" else role
+NOTHING_TO_DO = ("metadata", "prompt_cache_key", "safety_identifier")
 
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: bool = False
 
-
-class Message(Body):
-    role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(_template_role)]
-    content: Annotated[str, BeforeValidator(_text)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, fields: object) -> object:
-        """Clients send back whole answers, with null and empty fields in them: those say nothing."""
-        if not isinstance(fields, dict):
-            return fields
-        given = {name: value for name, value in fields.items() if value is not None and value != []}
-        for name in ("name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"):
-            if name in given:
-                raise ValueError(f"{name} is not possible in this version; leave it out")
-        return given
+    @model_validator(mode="after")
+    def _nothing_to_hide(self) -> StreamOptions:
+        if self.include_obfuscation:
+            raise ValueError("include_obfuscation: true is not possible in this version; leave it out or use false")
+        return self
 
 
 class GenerationRequest(Body):
     """What /v1/completions and /v1/chat/completions share."""
 
     model: str
+    n: int = Field(1, ge=1, le=1024, description="answers to each prompt, up to `limits.max_n` of the server")
     stream: bool = False
     stream_options: StreamOptions | None = Field(None, description="`include_usage`; only with `stream`")
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0, description="extension; before these nothing ends an answer")
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=1 << 31, description="extension; 0 or -1: off")
     min_p: float = Field(0.0, ge=0, le=1, description="extension")
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, description="same seed and same prompt: same answer")
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_listed)] = Field(
-        [], max_length=MAX_STOPS, description=f"a text or up to {MAX_STOPS} of them; never part of the answer"
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="extension; of prompt and answer, 1: off")
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, max_length=MAX_BIASES, description=f"up to {MAX_BIASES} token ids to -100 to 100"
     )
-    stop_token_ids: list[int] = Field([], max_length=64, description="extension")
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, min_length=1, max_length=MAX_NAMED_TOKENS, description="extension; no others are sampled"
+    )
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        [], max_length=MAX_BAD_WORDS, description="extension; texts that are not written, at the start of words too"
+    )
+    seed: int | None = Field(
+        None, ge=-(1 << 63), lt=1 << 63, description="same seed, prompt and `system_fingerprint`: same answer"
+    )
+    stop: Texts = Field([], max_length=MAX_STOPS, description=f"a text or up to {MAX_STOPS} of them")
+    stop_token_ids: list[TokenId] = Field([], max_length=64, description="extension")
+    include_stop_str_in_output: bool = Field(False, description="extension")
     ignore_eos: bool = Field(False, description="extension")
+    skip_special_tokens: bool = Field(True, description="extension; whether answers are without `[INST]` and its like")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="extension; of each prompt token but the first; not with `stream`"
+    )
+    return_token_ids: bool = Field(False, description="extension; `token_ids` and `prompt_token_ids` in the answer")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=1 << 31, description="extension; only the last so many of the prompt; -1: as many as fit"
+    )
+    response_format: ResponseFormat = Field(
+        ResponseFormat(type="text"), description="`text`, `json_object` or `json_schema`, which is always strict"
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="extension; one of `json`, `json_object`, `regex`, `choice`, `grammar` (Lark)"
+    )
+    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31, description="extension; lower runs first")
+    cache_salt: str = Field(
+        "", max_length=256, description="extension; cached prefixes are shared only within one salt"
+    )
     request_id: str | None = Field(
         None, pattern=r"^[A-Za-z0-9._:-]{1,64}$", description="extension; becomes part of the answer's `id`"
     )
-    user: str = ""
-    metadata: dict[str, str] = {}
+    user: str = Field("", max_length=512, description="under load users get equal shares")
+    metadata: dict[str, str] = Field({})
     prompt_cache_key: str = ""
     safety_identifier: str = ""
 
@@ -187,55 +101,48 @@ class GenerationRequest(Body):
         """None: as many as fit."""
         return self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens beside each sampled one; None: no log-probabilities at all."""
+        return None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.compiled()
+        return self.response_format.grammar()
+
     @model_validator(mode="after")
     def _consistent(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only possible with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is only possible without stream")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: must be -1, or 1 or more, not 0")
+        if self.structured_outputs is not None and self.response_format.type != "text":
+            raise ValueError("give either response_format or structured_outputs")
         return self
 
 
 class CompletionRequest(GenerationRequest):
     neutral: ClassVar[Neutral] = COMPLETION_NEUTRAL
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(
-        description=f"a text, token ids, or a list of up to {MAX_PROMPTS} of these: one choice each"
+    prompt: Prompts = Field(
+        description=f"a text, token ids, or a list of up to {MAX_PROMPTS} of these: `n` choices each"
     )
     max_tokens: int | None = Field(16, ge=1, description="16 when not given")
+    echo: bool = Field(False, description="the prompt before the answer, in `logprobs` too")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description=f"completions: a number up to {MAX_LOGPROBS}; chat: true or false"
+    )
     add_special_tokens: bool = Field(True, description="extension; the tokenizer's own `<s>` before a text")
 
-
-class ChatRequest(GenerationRequest):
-    neutral: ClassVar[Neutral] = CHAT_NEUTRAL
-
-    messages: list[Message] = Field(min_length=1, max_length=4096, description="text only")
-    max_tokens: int | None = Field(None, ge=1, description="older name of `max_completion_tokens`")
-    max_completion_tokens: int | None = Field(None, ge=1, description="as many as fit when not given")
-
     @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @model_validator(mode="after")
-    def _one_maximum(self) -> ChatRequest:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
-        return self
-
-
-class TokenizeRequest(Body):
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-
-    @model_validator(mode="after")
-    def _one_input(self) -> TokenizeRequest:
-        if (self.prompt is None) is (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]

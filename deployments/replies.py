@@ -1,4 +1,11 @@
-"""How answers look in OpenAI's two generation APIs, whole and in chunks. Pure: dictionaries, no I/O."""
+"""What answers in OpenAI's two generation APIs have in common. Pure: dictionaries, no I/O.
+
+An answer without a stream is its own stream put together, so the two cannot differ:
+
+    event ──Choice.add──▶ the choices of chunks ──▶ sent one by one, or merged by Reply.whole
+
+A Choice is one answer to one prompt and has its state; a Reply is what all chunks of one HTTP answer share.
+"""
 
 from __future__ import annotations
 
@@ -7,99 +14,82 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.messages import TokenEvent
-from deployments.answers import Answer
+from deployments.logprobs import prompt_logprobs
+from deployments.serving import Tokenizer
 
 Json = dict[str, Any]
 
+# What belongs to the whole answer in chat, though its choices bring it.
+OF_THE_ANSWER = ("prompt_token_ids", "prompt_logprobs")
+
+
+class Choice(Protocol):
+    def opening(self) -> list[Json]:
+        """What comes before the first token."""
+
+    def add(self, event: TokenEvent) -> list[Json]:
+        """What carries the event, each in a chunk of its own. Empty where there is nothing to show yet."""
+
 
 class Reply(Protocol):
-    """What the chunks of one HTTP answer share, and how each is made. `choices` are OpenAI's, one per prompt."""
-
     @property
     def id(self) -> str: ...
 
+    def choice(self, index: int, prompt_ids: Sequence[int]) -> Choice: ...
+
     def chunk(self, choices: list[Json]) -> Json: ...
 
-    def opening(self, index: int) -> list[Json]:
-        """Choices that come before the first token."""
-
-    def choices(self, index: int, event: TokenEvent) -> list[Json]:
-        """Choices that carry the event, each in a chunk of its own. Empty where there is nothing to show yet."""
-
-    def whole(self, answers: Sequence[Answer], usage: Json) -> Json: ...
+    def whole(self, parts: Sequence[Sequence[Json]]) -> Json:
+        """The answer that the parts of each choice make together."""
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionReply:
+class Frame:
     id: str
     model: str
     created: int
+    fingerprint: str
 
-    def chunk(self, choices: list[Json]) -> Json:
-        return _frame(self.id, "text_completion", self.created, self.model, choices)
-
-    def opening(self, index: int) -> list[Json]:
-        return []
-
-    def choices(self, index: int, event: TokenEvent) -> list[Json]:
-        if not event.text and event.finish_reason is None:
-            return []
-        return [self._choice(index, event.text, event.finish_reason)]
-
-    def whole(self, answers: Sequence[Answer], usage: Json) -> Json:
-        choices = [self._choice(index, answer.text, answer.finish_reason) for index, answer in enumerate(answers)]
-        return self.chunk(choices) | {"usage": usage}
-
-    @staticmethod
-    def _choice(index: int, text: str, finish_reason: str | None) -> Json:
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+    def around(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
 
 
 @dataclass(frozen=True, slots=True)
-class ChatReply:
-    id: str
-    model: str
-    created: int
+class Shown:
+    """What of an event the caller wants to see beside its text."""
 
-    def chunk(self, choices: list[Json]) -> Json:
-        return _frame(self.id, "chat.completion.chunk", self.created, self.model, choices)
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    token_ids: bool = False
+    echo: bool = False
+    special_tokens: bool = False
 
-    def opening(self, index: int) -> list[Json]:
-        return [self._choice(index, {"role": "assistant", "content": ""}, None)]
-
-    def choices(self, index: int, event: TokenEvent) -> list[Json]:
-        """Text and finish_reason never share a chunk."""
-        choices = [self._choice(index, {"content": event.text}, None)] if event.text else []
-        if event.finish_reason is not None:
-            choices.append(self._choice(index, {}, event.finish_reason))
-        return choices
-
-    def whole(self, answers: Sequence[Answer], usage: Json) -> Json:
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": answer.finish_reason,
-            }
-            for index, answer in enumerate(answers)
-        ]
-        return _frame(self.id, "chat.completion", self.created, self.model, choices) | {"usage": usage}
-
-    @staticmethod
-    def _choice(index: int, delta: Json, finish_reason: str | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def extras(self, event: TokenEvent, prompt_ids: Sequence[int], tokenizer: Tokenizer, *, first: bool) -> Json:
+        extras: Json = {}
+        if event.stop_reason is not None:
+            extras["stop_reason"] = event.stop_reason
+        if self.token_ids:
+            extras["token_ids"] = list(event.token_ids)
+            if first:
+                extras["prompt_token_ids"] = list(prompt_ids)
+        if first and self.prompt_logprobs and event.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, tokenizer)
+        return extras
 
 
-def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
-    completion_tokens = sum(answer.tokens for answer in answers)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
-    }
-
-
-def _frame(identity: str, kind: str, created: int, model: str, choices: list[Json]) -> Json:
-    return {"id": identity, "object": kind, "created": created, "model": model, "choices": choices}
+def merged_extras(parts: Sequence[Json]) -> Json:
+    """What choices of both APIs have: the index, how it ended, and the extras that came with some part."""
+    merged: Json = {"index": parts[0]["index"], "finish_reason": parts[-1]["finish_reason"]}
+    for name in ("stop_reason", *OF_THE_ANSWER):
+        values = [part[name] for part in parts if name in part]
+        merged |= {name: values[0]} if values else {}
+    if any("token_ids" in part for part in parts):
+        merged["token_ids"] = [token for part in parts for token in part.get("token_ids", [])]
+    return merged

@@ -12,17 +12,25 @@ import importlib.resources
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.config import Device, Dtype, EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from deployments.settings import Settings, SettingsError
-from model.config import MixtralConfig, load_config
+from model.config import Architecture, MixtralConfig, load_config
 from model.errors import ModelError
 from model.shard import Shard
 
 DEMO = "demo"
 DEMO_NAME = "mixtral-demo"
+
+_TASKS: dict[Architecture, Literal["generate", "classify", "token_classify", "question_answering"]] = {
+    "MixtralForCausalLM": "generate",
+    "MixtralForSequenceClassification": "classify",
+    "MixtralForTokenClassification": "token_classify",
+    "MixtralForQuestionAnswering": "question_answering",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Resolved:
     settings: Settings
     engine: EngineConfig
     reasons: Mapping[str, str] = field(default_factory=dict)  # path of a field that was decided here -> why
+    fingerprint: str = ""  # of all that decides which tokens a seed gives: the checkpoint, and how it is computed
 
     @property
     def model_names(self) -> list[str]:
@@ -78,13 +87,14 @@ def resolve(settings: Settings, machine: Machine) -> Resolved:
             "served_model_name": _names(settings, directory),
             "device": device,
             "dtype": dtype,
-            "task": "generate",
+            "task": _task(settings, checkpoint, reasons),
             "parallel": settings.parallel.model_copy(
                 update={"expert": settings.parallel.tensor, "cpus_per_rank": cpus_per_rank}
             ),
         }
     )
-    return Resolved(settings, _engine_config(settings, device, dtype, cpus_per_rank, threads), reasons)
+    engine = _engine_config(settings, device, dtype, cpus_per_rank, threads)
+    return Resolved(settings, engine, reasons, _fingerprint(settings, directory))
 
 
 def _engine_config(
@@ -117,6 +127,31 @@ def _directory(model: str) -> Path:
             f"(nothing is downloaded), or {DEMO}."
         )
     return directory
+
+
+def _task(settings: Settings, checkpoint: MixtralConfig, reasons: dict[str, str]) -> str:
+    own = _TASKS[checkpoint.architecture]
+    if settings.task not in ("auto", own):
+        raise SettingsError(
+            f"task: {settings.task} is not what this checkpoint was made for; use auto or {own}"
+            + (", which answers /v1/embeddings as well." if own == "generate" else ".")
+        )
+    if settings.task == "auto":
+        reasons["task"] = f"auto: {checkpoint.architecture}"
+    return own
+
+
+def _fingerprint(settings: Settings, directory: Path) -> str:
+    """Without reading the weights: another checkpoint has another config, or files of other names and sizes."""
+    computed = {name: getattr(settings, name) for name in ("device", "dtype", "quantization")}
+    computed |= {"tensor": settings.parallel.tensor, "exchange": settings.parallel.exchange}
+    digest = sha256(repr(computed).encode())
+    for path in sorted(directory.iterdir()):
+        if path.name in ("config.json", "params.json"):
+            digest.update(path.read_bytes())
+        elif path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return f"fp_{digest.hexdigest()[:12]}"
 
 
 def _names(settings: Settings, directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The engine as HTTP sees it: one async iterator of token events per answer, and a few facts.
+"""The engine as HTTP sees it: one async iterator of token events per request, rows of numbers, and a few facts.
 
 cluster/engine.py satisfies it with ranks behind it, the tests with a script.
 """
@@ -6,9 +6,21 @@ cluster/engine.py satisfies it with ranks behind it, the tests with a script.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from cluster.messages import EngineStats, RankStatus, Request, TokenEvent
+from cluster.messages import EncodeRequest, EngineStats, RankStatus, Request, TokenEvent
+from deployments.admission import Pace
+from deployments.live import Live
+
+Task = Literal["generate", "embed", "classify", "token_classify", "question_answering"]
+
+
+class Decoder(Protocol):
+    def push(self, ids: Sequence[int]) -> str:
+        """The characters that these ids complete."""
+
+    def flush(self) -> str: ...
 
 
 class Tokenizer(Protocol):
@@ -19,7 +31,19 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def incremental(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Decoder: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The ids of a conversation; TokenizerError where the model's template refuses it."""
 
 
@@ -29,6 +53,14 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+
+    @property
+    def task(self) -> Task:
+        """What the checkpoint was made for."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the scores of a classifier mean, in order."""
 
     @property
     def healthy(self) -> bool:
@@ -41,8 +73,23 @@ class Engine(Protocol):
     def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
         """Raises EngineError before the first event or instead of a later one; closing it aborts the request."""
 
+    async def encode(self, request: EncodeRequest) -> list[list[float]]:
+        """One row, or one for each token. Raises EngineError; cancelling it aborts the request."""
+
     def stats(self) -> EngineStats: ...
 
     def ranks(self) -> tuple[RankStatus, ...]: ...
 
     async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every route works with."""
+
+    engine: Engine
+    model_names: Sequence[str]
+    fingerprint: str  # of everything that decides which tokens a seed gives
+    live: Live
+    pace: Pace
+    keep_alive_s: float  # silence after which a stream gets a comment

@@ -56,8 +56,10 @@ class Scheduler(Section):
 
 class Limits(Section):
     request_timeout_s: float = Field(default=600, gt=0, le=86400)
+    idle_timeout_s: float = Field(default=120, gt=0, le=86400)  # between two tokens of an answer
     max_body_bytes: int = Field(default=4 << 20, ge=1024, le=1 << 30)
     max_n: int = Field(default=16, ge=1, le=1024)
+    max_concurrent_per_key: int | None = Field(default=None, ge=1, le=1 << 20)
 
 
 class Auth(Section):
@@ -84,6 +86,7 @@ class Settings(Section):
     scheduler: Scheduler = Scheduler()
     limits: Limits = Limits()
     auth: Auth = Auth()
+    access_log: str | None = Field(default="stdout", min_length=1)  # stdout, a file, or nowhere
     autoscaling: Autoscaling = Autoscaling()
 
 
@@ -152,7 +155,6 @@ def _refuse_what_is_not_there_yet(settings: Settings) -> None:
     parallel = settings.parallel
     only: list[tuple[str, object, tuple[object, ...]]] = [
         ("quantization", settings.quantization, ("none",)),
-        ("task", settings.task, ("auto", "generate")),
         ("parallel.data", parallel.data, (1,)),
         ("parallel.expert", parallel.expert, (None, parallel.tensor)),
         ("parallel.spare_slots", parallel.spare_slots, (0,)),

@@ -1,46 +1,44 @@
-"""GET routes about the server itself: /health, /ready, /v1/models. None of them does any work."""
+"""GET routes about the server itself: /health, /ready, /v1/models, /openapi.json. None of them does any work."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from deployments.auth import Keys
-from deployments.generation import check_model
-from deployments.serving import Engine
+from deployments.openapi import document
+from deployments.prompts import check_model
+from deployments.serving import Service
 
 
 class Status:
-    def __init__(
-        self, engine: Engine, model_names: Sequence[str], config: dict[str, Any], keys: Keys, replica: str
-    ) -> None:
-        self._engine = engine
-        self._model_names = model_names
+    def __init__(self, service: Service, config: dict[str, Any], replica: str) -> None:
+        self._service = service
+        self._engine = service.engine
         self._config = config
-        self._keys = keys
         self._replica = replica
         self._started = int(time.time())
+        self._document = document()
 
     def router(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/health", self.health, methods=["GET"])
         router.add_api_route("/ready", self.ready, methods=["GET"])
+        router.add_api_route("/openapi.json", self.openapi, methods=["GET"])
         router.add_api_route("/v1/models", self.models, methods=["GET"])
         router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])  # names may hold slashes
         return router
 
     async def health(self, request: Request) -> Response:
-        healthy = self._engine.healthy
+        healthy, live = self._engine.healthy, self._service.live
         answer: dict[str, Any] = {"status": "healthy" if healthy else "unhealthy"}
-        if self._keys.accept(request.headers.get("authorization")):
+        if live.keys.accept(request.headers.get("authorization")):
             stats = self._engine.stats()
             answer |= {
-                "config": self._config,
+                "config": self._config | {"limits": live.limits.model_dump()},
                 "ranks": [asdict(rank) for rank in self._engine.ranks()],
                 "recoveries": stats.recoveries,
                 "kv": {"pages_total": stats.pages_total, "pages_used": stats.pages_used},
@@ -48,6 +46,8 @@ class Status:
                 "waiting": stats.waiting,
                 "replica": self._replica,
             }
+            if live.problem is not None:
+                answer["user_config"] = live.problem
         return JSONResponse(answer, 200 if healthy else 503)
 
     async def ready(self) -> Response:
@@ -56,11 +56,14 @@ class Status:
         states = {str(rank.rank): rank.state for rank in self._engine.ranks() if rank.state != "ready"}
         return JSONResponse({"status": "not ready", "ranks_not_ready": states}, 503)
 
+    async def openapi(self) -> Response:
+        return JSONResponse(self._document)
+
     async def models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._model_names]})
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._service.model_names]})
 
     async def model(self, name: str) -> Response:
-        check_model(name, self._model_names)
+        check_model(name, self._service.model_names)
         return JSONResponse(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Token events to server-sent events, and the response that sends them until the client goes away.
+"""Token events to one document or to server-sent events, and the response that sends those until the client goes away.
 
 data: {...chunk...}     one per event; a line starting with ":" where nothing came for a while
 data: {"error": ...}    instead of the rest, when the answer fails after the status line has gone out
@@ -7,27 +7,25 @@ data: [DONE]            only after a complete answer
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from deployments.answers import Answer, Answers, Item
+from deployments.access_log import Record
+from deployments.answers import Answers, Item
+from deployments.concurrency import until_disconnect
 from deployments.errors import ApiError, internal
-from deployments.replies import Json, Reply, usage
+from deployments.replies import Choice, Json, Reply
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
-
-T = TypeVar("T")
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: dumps() makes one per call
 
@@ -37,36 +35,50 @@ def data(payload: Json) -> bytes:
 
 
 async def sent_events(
-    reply: Reply, first: Item, rest: Answers, prompt_tokens: int, count: int, include_usage: bool
+    reply: Reply, choices: Sequence[Choice], record: Record, first: Item, rest: Answers, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """The whole stream. `first` was awaited by the caller, so that an early failure had a status of its own."""
-    answers = [Answer() for _ in range(count)]
     no_usage: Json = {"usage": None} if include_usage else {}
 
-    def chunks(item: Item) -> bytes:
+    def chunks(parts: Sequence[Json]) -> bytes:
+        return b"".join(data(reply.chunk([part]) | no_usage) for part in parts)
+
+    def sent(item: Item) -> bytes:
         if item is None:
             return KEEP_ALIVE
         index, event = item
-        answers[index].add(event)
-        return b"".join(data(reply.chunk([choice]) | no_usage) for choice in reply.choices(index, event))
+        record.add(event)
+        return chunks(choices[index].add(event))
 
     try:
-        for index in range(count):
-            for choice in reply.opening(index):
-                yield data(reply.chunk([choice]) | no_usage)
-        yield chunks(first)
+        for choice in choices:
+            yield chunks(choice.opening())
+        yield sent(first)
         async for item in rest:
-            yield chunks(item)
+            yield sent(item)
     except ApiError as error:
+        record.error = error.code
         yield data(error.envelope())
         return
     except Exception:  # too late for a status: the client gets an answer here, the log the reason
         logger.exception("a stream failed")
+        record.error = "internal_error"
         yield data(internal().envelope())
         return
     if include_usage:
-        yield data(reply.chunk([]) | {"usage": usage(prompt_tokens, answers)})
+        yield data(reply.chunk([]) | {"usage": record.usage()})
     yield DONE
+
+
+async def gather(reply: Reply, choices: Sequence[Choice], record: Record, answers: Answers) -> Json:
+    """The answer as one document."""
+    parts = [choice.opening() for choice in choices]
+    async for item in answers:
+        if item is not None:
+            index, event = item
+            record.add(event)
+            parts[index] += choices[index].add(event)
+    return reply.whole(parts) | {"usage": record.usage()}
 
 
 class EventStream(Response):
@@ -94,23 +106,3 @@ class EventStream(Response):
             if chunk:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What work returns, or ClientDisconnect once the client is gone; work is over in either case."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

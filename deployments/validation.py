@@ -55,7 +55,7 @@ def field_names(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
             if inner is None:
                 return []
             kind = inner
-    return list(kind.model_fields)
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:

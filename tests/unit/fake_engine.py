@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import httpx
 from openai import AsyncOpenAI
 
 from cluster.config import EngineConfig
-from cluster.messages import EngineStats, RankStatus, Request, TokenEvent
+from cluster.messages import EncodeRequest, EngineStats, FinishReason, RankStatus, Request, TokenEvent, TokenLogprob
 from deployments.api import create_app
-from deployments.auth import Keys
+from deployments.live import Live
 from deployments.resolve import Resolved
+from deployments.serving import Task
 from deployments.settings import Settings, load
 from model.errors import TokenizerError
 
 Script = Callable[[Request], AsyncIterator[TokenEvent]]
+Rows = Callable[[EncodeRequest], Awaitable[list[list[float]]]]
 
 MODEL = "fake"
 WORDS = ("one", " two", " three")
@@ -30,29 +33,101 @@ class FakeTokenizer:
 
     vocab_size = 1000
 
+    def __init__(self, *, knows_tools: bool = True) -> None:
+        self.knows_tools = knows_tools
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [ord(character) for character in text]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in ids if token > 2)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def incremental(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> FakeDecoder:
+        return FakeDecoder()
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         if messages[-1]["role"] == "assistant":
             raise TokenizerError("the last message must be the user's")
-        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        text = "".join(f"<{message['role']}>{_shown(message)}" for message in messages)
+        if tools and self.knows_tools:
+            text = f"<tools>{json.dumps(tools)}{text}"
         return self.encode(text + "<assistant>" * add_generation_prompt)
+
+
+def _shown(message: Mapping[str, Any]) -> str:
+    extras = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return message["content"] + (json.dumps(extras) if extras else "")
+
+
+class FakeDecoder:
+    def push(self, ids: Sequence[int]) -> str:
+        return FakeTokenizer().decode(ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+def spelling(*texts: str, finish_reason: FinishReason = "stop") -> Script:
+    """Every choice says one of the texts, a token for each character, with log-probabilities where they are wanted."""
+
+    async def script(request: Request) -> AsyncIterator[TokenEvent]:
+        for position in range(max(map(len, texts)) + 1):
+            for choice in range(request.n):
+                text = texts[choice % len(texts)]
+                if position <= len(text):
+                    await asyncio.sleep(0)
+                    yield _spelt(request, choice, text, position, finish_reason)
+
+    return script
+
+
+def _spelt(request: Request, choice: int, text: str, position: int, finish_reason: FinishReason) -> TokenEvent:
+    """The event of one character; behind the last one the end of sequence."""
+    sampling, first = request.sampling, position == 0
+    token, shown = (ord(text[position]), text[position]) if position < len(text) else (2, "")
+    echo = FakeTokenizer().decode(request.prompt_ids) if request.echo and first else ""
+    prompt_logprobs = None
+    if first and choice == 0 and sampling.prompt_logprobs is not None:
+        known = [_logprob(one, sampling.prompt_logprobs) for one in request.prompt_ids[1:]]
+        prompt_logprobs = (None, *known)
+    return TokenEvent(
+        request.request_id,
+        (token,),
+        choice,
+        text=echo + shown,
+        finish_reason=finish_reason if token == 2 else None,
+        logprobs=() if sampling.logprobs is None else (_logprob(token, sampling.logprobs),),
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _logprob(token: int, top: int) -> TokenLogprob:
+    """Twice as likely as the next one, which is half as likely again, ..."""
+    return TokenLogprob(token, -0.5, 1, tuple((token + step, -0.5 * (step + 1)) for step in range(top)))
 
 
 async def words(request: Request) -> AsyncIterator[TokenEvent]:
     """Three tokens, then a stop."""
     for number, word in enumerate(WORDS):
         await asyncio.sleep(0)
-        yield TokenEvent(request.request_id, (10 + number,), word, cached_tokens=0 if number else 1)
+        yield TokenEvent(request.request_id, (10 + number,), text=word, cached_tokens=0 if number else 1)
     yield TokenEvent(request.request_id, (), finish_reason="stop")
 
 
 async def one_then_silence(request: Request) -> AsyncIterator[TokenEvent]:
-    yield TokenEvent(request.request_id, (10,), "one")
+    yield TokenEvent(request.request_id, (10,), text="one")
     await asyncio.Event().wait()
 
 
@@ -66,18 +141,37 @@ def failing(error: Exception, after: int = 0) -> Script:
 
     async def script(request: Request) -> AsyncIterator[TokenEvent]:
         for number in range(after):
-            yield TokenEvent(request.request_id, (10 + number,), WORDS[number])
+            yield TokenEvent(request.request_id, (10 + number,), text=WORDS[number])
         raise error
 
     return script
 
 
+async def states(request: EncodeRequest) -> list[list[float]]:
+    """Two numbers for each token, or those of the last one."""
+    rows = [[3.0 * token, 4.0 * token] for token in request.token_ids]
+    return rows if request.pooling == "all" else rows[-1:]
+
+
 class FakeEngine:
     """Satisfies deployments/serving.py and remembers what it was asked."""
 
-    def __init__(self, script: Script = words, max_model_len: int = 100) -> None:
-        self.tokenizer = FakeTokenizer()
+    def __init__(
+        self,
+        script: Script = words,
+        max_model_len: int = 100,
+        *,
+        task: Task = "generate",
+        labels: tuple[str, ...] = (),
+        rows: Rows = states,
+        knows_tools: bool = True,
+    ) -> None:
+        self.tokenizer = FakeTokenizer(knows_tools=knows_tools)
         self.max_model_len = max_model_len
+        self.task: Task = task
+        self.labels = labels
+        self.rows = rows
+        self.encoded: list[EncodeRequest] = []
         self.script = script
         self.healthy = True
         self.ready = True
@@ -96,6 +190,14 @@ class FakeEngine:
             raise
         self.finished.append(request.request_id)
 
+    async def encode(self, request: EncodeRequest) -> list[list[float]]:
+        self.encoded.append(request)
+        try:
+            return await self.rows(request)
+        except asyncio.CancelledError:
+            self.aborted.append(request.request_id)
+            raise
+
     def stats(self) -> EngineStats:
         return EngineStats(1, 2, 30, 4, steps=5, prompt_tokens=6, generated_tokens=7, preemptions=0)
 
@@ -109,7 +211,7 @@ class FakeEngine:
 
 def resolved(settings: Settings) -> Resolved:
     settings = settings.model_copy(update={"served_model_name": [MODEL, "other/alias"]})
-    return Resolved(settings, EngineConfig(str(Path("fake"))))
+    return Resolved(settings, EngineConfig(str(Path("fake"))), fingerprint="fp_fake")
 
 
 def app_for(
@@ -119,8 +221,8 @@ def app_for(
     keep_alive_s: float = 10.0,
 ) -> Any:
     settings = load(args or {})
-    keys = Keys(settings.auth, environment or {})
-    return create_app(engine, resolved(settings), keys, replica="replica-1", keep_alive_s=keep_alive_s)
+    live = Live(settings, environment or {})
+    return create_app(engine, resolved(settings), live, replica="replica-1", keep_alive_s=keep_alive_s)
 
 
 def http(engine: FakeEngine, args: Mapping[str, Any] | None = None, **options: Any) -> httpx.AsyncClient:

@@ -159,7 +159,7 @@ async def test_errors_are_the_clients_own_exceptions() -> None:
     client = openai(FakeEngine(failing(QueueFull("8 requests wait already", retry_after_s=1.5))))
     with pytest.raises(openai_package.RateLimitError) as full:
         await client.completions.create(model=MODEL, prompt="a", stream=True)
-    assert full.value.response.headers["retry-after"] == "2"
+    assert full.value.response.headers["retry-after"] == "10"
     assert full.value.code == "queue_full"
     with pytest.raises(openai_package.NotFoundError) as unknown:
         await client.completions.create(model="gpt-4", prompt="a")

@@ -13,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+from openai.types.embedding_create_params import EmbeddingCreateParams as EmbeddingParams
 
 from deployments.body import read_json
+from deployments.body_fields import Body, parse
+from deployments.chat_protocol import ChatRequest
 from deployments.errors import ApiError
 from deployments.field_table import markdown
-from deployments.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from deployments.pooling_protocol import EmbeddingRequest
+from deployments.protocol import CompletionRequest, GenerationRequest
 from tests.unit.fake_engine import MODEL, FakeEngine, http
 
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "a"}
@@ -33,11 +37,11 @@ async def post(path: str, body: object) -> tuple[int, Any]:
 
 @pytest.mark.parametrize(
     ("official", "ours"),
-    [(CompletionParams, CompletionRequest), (ChatParams, ChatRequest)],
-    ids=["completions", "chat"],
+    [(CompletionParams, CompletionRequest), (ChatParams, ChatRequest), (EmbeddingParams, EmbeddingRequest)],
+    ids=["completions", "chat", "embeddings"],
 )
-def test_every_official_field_is_known(official: Any, ours: type[GenerationRequest]) -> None:
-    names = set(official.__annotations__) | {"stream"}
+def test_every_official_field_is_known(official: Any, ours: type[Body]) -> None:
+    names = set(official.__annotations__) | ({"stream"} if issubclass(ours, GenerationRequest) else set())
     assert names <= set(ours.model_fields) | set(ours.neutral)
     assert not set(ours.model_fields) & set(ours.neutral)
 
@@ -49,7 +53,7 @@ def test_the_table_in_the_documentation_is_current() -> None:
 @pytest.mark.parametrize(("path", "body", "kind"), ROUTES, ids=["completions", "chat"])
 async def test_neutral_values_are_accepted(path: str, body: dict[str, Any], kind: type[GenerationRequest]) -> None:
     neutral = {name: values[0] for name, values in kind.neutral.items() if values}
-    nothing_to_do = {"user": "me", "metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s"}
+    nothing_to_do = {"metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s"}
     assert (await post(path, body | neutral | nothing_to_do))[0] == 200
     optional = {name: None for name, field in kind.model_fields.items() if not field.is_required()}
     assert (await post(path, dict.fromkeys(kind.neutral) | optional | body))[0] == 200
@@ -71,9 +75,48 @@ async def test_any_other_value_is_refused_by_name(
 @pytest.mark.parametrize(
     ("path", "fields", "param", "message"),
     [
-        ("/v1/completions", {"n": 2}, "n", "use 1"),
-        ("/v1/completions", {"echo": 0}, "echo", "use false"),
-        ("/v1/completions", {"n": True}, "n", "use 1"),
+        ("/v1/completions", {"n": 17}, "n", "at most 16 here, limits.max_n of this server, not 17"),
+        ("/v1/completions", {"n": 0}, "n", "greater than or equal to 1"),
+        ("/v1/completions", {"n": 2, "prompt": ["a"] * 600}, "n", "more than 1024 choices"),
+        ("/v1/completions", {"best_of": 2}, "best_of", "use 1"),
+        ("/v1/completions", {"best_of": True}, "best_of", "use 1"),
+        ("/v1/completions", {"suffix": "x"}, "suffix", 'use ""'),
+        ("/v1/completions", {"echo": 0}, "echo", "valid boolean"),
+        ("/v1/completions", {"n": True}, "n", "valid integer"),
+        ("/v1/completions", {"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ("/v1/completions", {"logprobs": True}, "logprobs", "valid integer"),
+        ("/v1/completions", {"prompt_logprobs": 1, "stream": True}, "", "prompt_logprobs is only possible without"),
+        ("/v1/completions", {"presence_penalty": 2.1}, "presence_penalty", "less than or equal to 2"),
+        ("/v1/completions", {"frequency_penalty": -2.1}, "frequency_penalty", "greater than or equal to -2"),
+        ("/v1/completions", {"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ("/v1/completions", {"logit_bias": {"a": 1}}, "logit_bias.a", "pattern"),
+        ("/v1/completions", {"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ("/v1/completions", {"logit_bias": {"1000": 1}}, "logit_bias", "0 to 999"),
+        ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
+        ("/v1/completions", {"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+        ("/v1/completions", {"allowed_token_ids": [1000]}, "allowed_token_ids", "0 to 999"),
+        ("/v1/completions", {"min_tokens": 17}, "min_tokens", "17 is more than the 16 tokens"),
+        ("/v1/completions", {"truncate_prompt_tokens": 0}, "", "must be -1, or 1 or more"),
+        ("/v1/completions", {"return_routing": True}, "return_routing", "use false"),
+        ("/v1/completions", {"structured_outputs": {}}, "structured_outputs", "exactly one of json"),
+        ("/v1/completions", {"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"),
+        ("/v1/completions", {"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        (
+            "/v1/completions",
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs",
+            "exactly one of json",
+        ),
+        (
+            "/v1/completions",
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "",
+            "either response_format or structured_outputs",
+        ),
+        ("/v1/chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "belongs to type"),
+        ("/v1/chat/completions", {"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "", "only possible with logprobs: true"),
+        ("/v1/chat/completions", {"logprobs": 1}, "logprobs", "valid boolean"),
         ("/v1/completions", {"temprature": 1}, "temprature", "did you mean temperature"),
         ("/v1/completions", {"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ("/v1/completions", {"temperature": True}, "temperature", "valid number"),
@@ -101,7 +144,20 @@ async def test_any_other_value_is_refused_by_name(
         ("/v1/completions", {"prompt": "x" * 99}, "prompt", "100 tokens and this server takes 100"),
         ("/v1/chat/completions", {"messages": []}, "messages", "at least 1"),
         ("/v1/chat/completions", {"messages": "hello"}, "messages", "valid list"),
-        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "'assistant'"),
+        ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "'assistant'"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0]", "tool_call_id"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a", "tool_call_id": "1"}]},
+            "messages[0]",
+            "belongs to messages of role tool",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a", "name": "Bob"}]},
+            "messages[0]",
+            "name is not possible",
+        ),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content", "required"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "string"),
         (
@@ -113,8 +169,8 @@ async def test_any_other_value_is_refused_by_name(
         (
             "/v1/chat/completions",
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]},
-            "messages[0]",
-            "tool_calls is not possible",
+            "messages[0].tool_calls[0].function",
+            "required",
         ),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages", "user's"),
         ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "", "differ"),
@@ -142,6 +198,8 @@ async def test_a_wrong_field_is_named(path: str, fields: dict[str, Any], param: 
         (b'{"temperature": -Infinity}', "Infinity"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": ' + b"[" * 70 + b"]" * 70 + b"}", "nested too deeply; 64 levels"),
+        (b'{"metadata": ' + b'{"a": ' * 64 + b"1" + b"}" * 64 + b"}", "nested too deeply; 64 levels"),
         (b'{"prompt": "\\ud800"}', "UTF-8"),
         (b'{"prompt": "\xff"}', "UTF-8"),
         (b'{"model": 1e999, "prompt": "a"}', "model"),

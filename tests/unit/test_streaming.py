@@ -32,6 +32,7 @@ async def test_the_bytes_of_a_chat_stream() -> None:
     assert done == "data: [DONE]"
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
     frame = {"id": chunks[0]["id"], "object": "chat.completion.chunk", "created": chunks[0]["created"], "model": MODEL}
+    frame |= {"system_fingerprint": "fp_fake"}
 
     def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -67,7 +68,7 @@ async def test_streamed_is_whole() -> None:
 async def test_an_event_without_text_is_no_chunk() -> None:
     async def held_back(request: Any) -> Any:
         yield TokenEvent(request.request_id, (10,))
-        yield TokenEvent(request.request_id, (11,), "é", finish_reason="length")
+        yield TokenEvent(request.request_id, (11,), text="é", finish_reason="length")
 
     _, lines = await stream(FakeEngine(held_back))
     assert len(lines) == 2
@@ -77,7 +78,7 @@ async def test_an_event_without_text_is_no_chunk() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "retry_after"),
     [
-        (QueueFull("the queue is full", retry_after_s=3), 429, "3"),
+        (QueueFull("the queue is full", retry_after_s=3), 429, "10"),
         (EngineNotReady("a rank is gone", retry_after_s=0.1), 503, "1"),
         (EngineDraining("shutting down", retry_after_s=10), 503, "10"),
         (RequestInvalid("too long"), 400, None),
@@ -136,7 +137,7 @@ async def test_one_failure_ends_the_whole_request() -> None:
 async def test_silence_is_filled_with_comments() -> None:
     async def slow(request: Any) -> Any:
         await asyncio.sleep(0.05)
-        yield TokenEvent(request.request_id, (10,), "late", finish_reason="stop")
+        yield TokenEvent(request.request_id, (10,), text="late", finish_reason="stop")
 
     status, lines = await stream(FakeEngine(slow), keep_alive_s=0.01)
     assert status == 200
