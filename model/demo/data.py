@@ -10,7 +10,7 @@ Knows nothing of the network. Shapes: B rows, L tokens per row, N wanted positio
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -140,11 +140,11 @@ def fill_row(pool: list[Text], length: int) -> list[Text]:
     return row
 
 
-def batches(corpus: Corpus, encoder: Encoder, steps: int, seed: int) -> Iterator[Batch]:
-    """The batches of a training run, the same for the same seed."""
+def batches(corpora: Iterable[Corpus], encoder: Encoder, seed: int) -> Iterator[Batch]:
+    """One batch from each corpus of a training run, the same for the same seed."""
     rng = seeded("training", seed)
     pool: list[Text] = []
-    for step in range(steps):
+    for step, corpus in enumerate(corpora):
         if step % 16 != 15:
             num_rows, length = SHORT
             rows = []

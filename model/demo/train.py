@@ -1,8 +1,7 @@
 """Train the demo model, write it as a checkpoint directory, and say what it can do.
 
-    python -m model.demo.train --out DIR [--steps N]              train, write, evaluate
-    python -m model.demo.train --out DIR --continue [--steps N]   train what DIR holds further
-    python -m model.demo.train --out DIR --evaluate               evaluate what DIR holds
+    python -m model.demo.train --out DIR [--steps N]   train from nothing, write, evaluate
+    python -m model.demo.train --out DIR --evaluate    evaluate what DIR holds
 
 Owns the training loop alone: the text is in corpus/, packing in data.py, the mathematics in network.py.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,79 +18,67 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from model.demo import artefacts
-from model.demo.corpus.conversation import LATER_WEIGHTS, Corpus
+from model.demo.corpus.conversation import SKILLS, Corpus
 from model.demo.data import Encoder, batches, train_tokenizer
 from model.demo.evaluation import evaluate
+from model.demo.muon import Muon
 from model.demo.network import Network, Shape
 
-PEAK_RATE = 3e-3
-LATER_PEAK_RATE = 2e-3  # of a run that continues another
-FINAL_RATE = 3e-5
-WARMUP_STEPS = 100
+PEAK_RATE = 4e-3
+FINAL_RATE = 4e-5
+WARMUP_STEPS = 50
+SKILL_PART = 6  # the first sixth of the steps trains skills alone
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
 BALANCE_WEIGHT = 0.02
 STEPS_PER_CHECKPOINT = 500
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """A short rise, then half a cosine down to the final rate."""
     rise = min(1.0, (step + 1) / WARMUP_STEPS)
     fall = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return rise * (FINAL_RATE + (peak - FINAL_RATE) * fall)
+    return rise * (FINAL_RATE + (PEAK_RATE - FINAL_RATE) * fall)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One training run: from the network as it is, to weights in out."""
-
-    corpus: Corpus
-    tokenizer: bytes
-    steps: int
-    peak_rate: float
-    seed: int
-    out: Path
+def curriculum(steps: int) -> Iterator[Corpus]:
+    """The corpus of each step: first what must be learnt as a skill, then everything."""
+    skills, everything = Corpus(SKILLS), Corpus()
+    for step in range(steps):
+        yield skills if step < steps // SKILL_PART else everything
 
 
-def first_run(options: argparse.Namespace) -> tuple[Network, Run]:
-    corpus = Corpus()
-    tokenizer = train_tokenizer(corpus, options.seed)
-    torch.manual_seed(options.seed)
-    network = Network(Shape(vocab_size=Encoder(tokenizer).processor.vocab_size()))
-    return network, Run(corpus, tokenizer, options.steps, PEAK_RATE, options.seed, options.out)
+def optimizers(network: Network) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices inside the blocks, AdamW for embedding, head and norms."""
+    matrices = [parameter for block in network.blocks for parameter in block.parameters() if parameter.dim() > 1]
+    inside = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in inside]
+    return Muon(matrices, WEIGHT_DECAY), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def later_run(options: argparse.Namespace) -> tuple[Network, Run]:
-    network, tokenizer = artefacts.read(options.out)
-    # Another seed, or the run would read the same conversations again.
-    return network, Run(Corpus(LATER_WEIGHTS), tokenizer, options.steps, LATER_PEAK_RATE, options.seed + 1, options.out)
-
-
-def train(network: Network, run: Run) -> None:
-    matrices = [parameter for parameter in network.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in network.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    training = batches(run.corpus, Encoder(run.tokenizer), run.steps, run.seed)
-    progress = tqdm(training, total=run.steps, unit="step")
+def train(tokenizer: bytes, steps: int, seed: int, out: Path) -> None:
+    encoder = Encoder(tokenizer)
+    torch.manual_seed(seed)
+    network = Network(Shape(vocab_size=encoder.processor.vocab_size()))
+    muon, adam = optimizers(network)
+    progress = tqdm(batches(curriculum(steps), encoder, seed), total=steps, unit="step")
     smooth_loss = math.log(network.shape.vocab_size)
     for step, batch in enumerate(progress):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.steps, run.peak_rate)
         output = network(batch.token_BL, batch.position_BL, batch.text_BL, batch.wanted_N)
         loss = functional.cross_entropy(output.logits_NV, batch.target_N)
-        optimizer.zero_grad()
+        network.zero_grad()
         (loss + BALANCE_WEIGHT * output.balance_loss).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
-        optimizer.step()
+        rate = learning_rate(step, steps)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        muon.step(rate)
         smooth_loss += 0.05 * (loss.item() - smooth_loss)
         progress.set_postfix(loss=f"{smooth_loss:.4f}", balance=f"{output.balance_loss.item():.3f}", refresh=False)
         if (step + 1) % STEPS_PER_CHECKPOINT == 0:
-            artefacts.write(run.out, network, run.tokenizer)
-    artefacts.write(run.out, network, run.tokenizer)
+            artefacts.write(out, network, tokenizer)
+    artefacts.write(out, network, tokenizer)
 
 
 def main() -> None:
@@ -100,17 +87,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: 3000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--continue", action="store_true", dest="further", help="train what the directory holds further")
-    mode.add_argument("--evaluate", action="store_true", help="train nothing, evaluate what the directory holds")
+    parser.add_argument("--evaluate", action="store_true", help="train nothing, evaluate what the directory holds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
+    corpus = Corpus()
     if not options.evaluate:
-        train(*(later_run(options) if options.further else first_run(options)))
+        train(train_tokenizer(corpus, options.seed), options.steps, options.seed, options.out)
     # Read back, so that what is evaluated is what was stored: weights rounded to bfloat16.
     network, tokenizer = artefacts.read(options.out)
-    for line in evaluate(network, Encoder(tokenizer), Corpus(), options.seed).lines():
+    for line in evaluate(network, Encoder(tokenizer), corpus, options.seed).lines():
         print(line)
 
 

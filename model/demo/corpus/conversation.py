@@ -13,14 +13,13 @@ from model.demo.corpus.entries import Entry, load, load_facts, load_slots
 from model.demo.corpus.phrasing import comparison, definition, surface, vary
 from model.demo.corpus.turns import Kind, Turn
 
-# How often each kind of turn is drawn in a first training run. A later run has more of what takes longest to learn:
-# sums, small talk, and copying what the prompt names.
+# How often each kind of turn is drawn.
 WEIGHTS: dict[Kind, int] = {
-    "fact": 34, "comparison": 7, "chat": 9, "unknown": 18, "sum": 20, "story": 8, "name": 4,
+    "fact": 32, "comparison": 5, "chat": 10, "unknown": 16, "sum": 24, "story": 6, "name": 4, "repeat": 3,
 }  # fmt: skip
-LATER_WEIGHTS: dict[Kind, int] = {
-    "fact": 20, "comparison": 3, "chat": 9, "unknown": 14, "sum": 41, "story": 5, "name": 8,
-}  # fmt: skip
+# A training run begins with these alone. Copying from the prompt and calculating are learnt in a few hundred steps
+# by themselves, and hardly at all beside facts that can simply be memorised.
+SKILLS: dict[Kind, int] = {"sum": 1, "repeat": 1}
 # What a follow-up asks, when the last turn has an answer to it.
 WHY = ("Why?", "And why?", "Why is that?", "But why?", "why", "How come?", "Why so?", "Can you say why?")
 MORE = ("Tell me more.", "More, please.", "Go on.", "And what else?", "What else?", "more", "Continue.")
@@ -74,10 +73,11 @@ class Corpus:
         self.chat = load("chat")
         self.off_topic = load("offtopic")
         self.slots = load_slots()
+        self.vocabulary = sorted({word for file in self.facts for entry in file for word in entry.answer.split()})
 
     def conversation(self, rng: Random, turns: int | None = None) -> Conversation:
         """What training sees: mostly one turn, sometimes up to four, or as many as wanted."""
-        if turns is None and rng.random() < 0.05:
+        if turns is None and "fact" in self.weights and rng.random() < 0.05:
             return Conversation((self.completion(rng),))
         wanted = turns or rng.choice((1, 1, 1, 1, 1, 2, 2, 3, 4))
         chosen = [self.turn(rng)]
@@ -124,6 +124,8 @@ class Corpus:
                 return stories.turn(rng, held_out)
             case "name":
                 return names.turn(rng, held_out)
+            case "repeat":
+                return names.repeat(rng, self.vocabulary, held_out)
             case "completion" | "follow-up":
                 raise ValueError(f"{kind} is no kind of turn that can be drawn by itself")
 

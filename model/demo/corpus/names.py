@@ -18,7 +18,8 @@ ENDS = ["", "", "", "n", "r", "l", "s", "x", "m", "nd", "rk", "t"]
 GREETINGS = ("My name is {n}.", "I am {n}.", "I'm {n}.", "Call me {n}.", "Hello, I am {n}.", "Hi, my name is {n}!")
 HELD_OUT_GREETINGS = ("You can call me {n}.",)
 RECALL = ("What is my name?", "Do you know my name?", "Who am I?", "Tell me my name.", "What's my name?")
-REPEAT = ("Repeat after me: {n}", "Say {n}.", "Repeat: {n}", "Please repeat: {n}", "Say after me: {n}")
+REPEAT = ("Repeat after me: {n}", "Say: {n}", "Repeat: {n}", "Please repeat: {n}", "Say after me: {n}")
+HELD_OUT_REPEAT = ("Please say after me: {n}",)
 
 
 def made_up(rng: Random) -> str:
@@ -38,17 +39,15 @@ def greeting(rng: Random, held_out: bool) -> Turn:
     return Turn("name", question, f"Hello, {name}! What would you like to know?", about=recall)
 
 
-def stranger(rng: Random, held_out: bool) -> Turn:
+def stranger(rng: Random) -> Turn:
     return Turn("name", surface(rng, rng.choice(RECALL)), "I don't know your name. You have not told me.")
 
 
-def repeat(rng: Random, held_out: bool) -> Turn:
-    said = " ".join(made_up(rng) for _ in range(rng.randint(1, 8)))
-    return Turn("name", rng.choice(REPEAT).format(n=said), said)
-
-
 def turn(rng: Random, held_out: bool) -> Turn:
-    if held_out:
-        return greeting(rng, held_out)
-    maker = rng.choices((greeting, stranger, repeat), (6, 1, 3))[0]
-    return maker(rng, held_out)
+    return stranger(rng) if not held_out and rng.random() < 0.15 else greeting(rng, held_out)
+
+
+def repeat(rng: Random, vocabulary: list[str], held_out: bool) -> Turn:
+    """Words without any sense, some of them made up: the answer can only be copied."""
+    said = " ".join(made_up(rng) if rng.random() < 0.5 else rng.choice(vocabulary) for _ in range(rng.randint(1, 12)))
+    return Turn("repeat", rng.choice(HELD_OUT_REPEAT if held_out else REPEAT).format(n=said), said)

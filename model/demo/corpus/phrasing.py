@@ -46,7 +46,7 @@ DEFINITIONS = (
     "{x}",
 )
 HELD_OUT_DEFINITIONS = (
-    "Please tell me what {x} {be}.",
+    "Let me know what {x} {be}.",
     "Could you say in a few words what {x} {be}?",
     "So what {be} {x}, really?",
     "How would you describe {x}?",

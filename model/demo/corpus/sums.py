@@ -1,8 +1,11 @@
 """Small arithmetic: sums, differences, products, small word problems, and refusing what is too large.
 
-Of sums and differences, one pair of numbers in ten is kept for evaluation; the multiplication table is learnt whole,
-since nothing follows from one entry for another. Sums are drawn by their result, so that small and large results
-come equally often.
+Two-digit numbers are added and subtracted in steps, tens first, as a chain of equal terms:
+
+    38 + 47 = 38 + 40 + 7 = 78 + 7 = 85
+
+Of those sums and differences, one pair of numbers in ten is kept for evaluation. Steps and the multiplication table
+are learnt whole. Sums are drawn by their result, so that small and large results come equally often.
 """
 
 from __future__ import annotations
@@ -75,8 +78,11 @@ DIVISIONS = (
 
 
 def is_held_out(operator: str, a: int, b: int) -> bool:
+    """Whether training never does this calculation. Never true of what may be a step of another one."""
+    if operator == "*" or min(a, b) < 10 or not (a % 10 and b % 10):
+        return False
     low, high = (a, b) if operator == "-" else sorted((a, b))
-    return operator != "*" and a + b > 10 and crc32(f"{low}{operator}{high}".encode()) % 10 == 0
+    return crc32(f"{low}{operator}{high}".encode()) % 10 == 0
 
 
 def in_words(number: int) -> str:
@@ -96,7 +102,7 @@ def draw(rng: Random, operator: str) -> tuple[int, int]:
             a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
             if rng.random() < 0.3:
                 a, b = rng.randint(0, 20), rng.randint(0, 20)
-            return (a, b) if rng.random() < 0.15 else (max(a, b), min(a, b))
+            return (a, b) if rng.random() < 0.1 else (max(a, b), min(a, b))
         case _:
             return rng.randint(0, LARGEST_FACTOR), rng.randint(0, LARGEST_FACTOR)
 
@@ -117,6 +123,19 @@ def exercise(rng: Random, held_out: bool) -> tuple[str, int, int]:
     return operator, *operands(rng, operator, held_out)
 
 
+def chain(operator: str, a: int, b: int) -> str:
+    """A calculation and its result, in steps where one step is too much."""
+    asked = f"{a} {operator} {b}"
+    tens, ones = b - b % 10, b % 10
+    if operator == "-" and a < b:
+        turned = chain("-", b, a).split(" = ")
+        return " = ".join([asked, *(f"-({step})" for step in turned[:-1]), f"-{turned[-1]}"])
+    if operator == "*" or not (tens and ones):
+        return f"{asked} = {result(operator, a, b)}"
+    steps = (asked, f"{a} {operator} {tens} {operator} {ones}", f"{result(operator, a, tens)} {operator} {ones}")
+    return " = ".join([*steps, str(result(operator, a, b))])
+
+
 def calculation(rng: Random, held_out: bool) -> Turn:
     operator, a, b = exercise(rng, held_out)
     spelled = rng.random() < 0.15
@@ -132,17 +151,16 @@ def calculation(rng: Random, held_out: bool) -> Turn:
 
 
 def equation(question: str, operator: str, a: int, b: int) -> Turn:
-    value = result(operator, a, b)
-    return Turn("sum", question, f"{a} {operator} {b} = {value}.", about=going_on(value))
+    return Turn("sum", question, chain(operator, a, b) + ".", about=going_on(result(operator, a, b)))
 
 
 def several(rng: Random, held_out: bool) -> Turn:
     """A list of calculations and their results."""
-    exercises = [exercise(rng, held_out) for _ in range(rng.randint(2, 6))]
+    exercises = [exercise(rng, held_out) for _ in range(rng.randint(2, 4))]
     asked = [f"{a} {operator} {b}" for operator, a, b in exercises]
     question = rng.choice(("Calculate {s}.", "What is {s}?", "{s}", "Please calculate {s}.", "Compute {s}."))
-    results = [f"{a} {operator} {b} = {result(operator, a, b)}" for operator, a, b in exercises]
-    return Turn("sum", question.format(s=", ".join(asked)), ", ".join(results) + ".")
+    results = ", ".join(chain(*calculation) for calculation in exercises)
+    return Turn("sum", question.format(s=", ".join(asked)), results + ".")
 
 
 def going_on(value: int) -> tuple[tuple[str, str], ...]:
@@ -169,7 +187,7 @@ def three_terms(rng: Random, held_out: bool) -> Turn:
     while (crc32(f"{a}{b}{c}".encode()) % 10 == 0) != held_out:
         a, b, c = (rng.randint(1, 9) for _ in range(3))
     question = rng.choice(ASK).format(s=f"{a} + {b} + {c}")
-    return Turn("sum", question, f"{a} + {b} + {c} = {a + b + c}.", about=going_on(a + b + c))
+    return Turn("sum", question, f"{a} + {b} + {c} = {a + b} + {c} = {a + b + c}.", about=going_on(a + b + c))
 
 
 def larger(rng: Random, held_out: bool) -> Turn:

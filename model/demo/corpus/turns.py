@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["fact", "comparison", "chat", "unknown", "sum", "story", "name", "follow-up", "completion"]
+Kind = Literal["fact", "comparison", "chat", "unknown", "sum", "story", "name", "repeat", "follow-up", "completion"]
 
 
 @dataclass(frozen=True, slots=True)
