@@ -18,7 +18,7 @@ import queue
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Literal
@@ -55,6 +55,7 @@ TASKS: dict[Architecture, Task] = {
     "MixtralForQuestionAnswering": "question_answering",
 }
 STEPS_AHEAD = 1
+CHECK_EVERY_S = 60.0  # when idle
 STOP_TIMEOUT_S = 5.0  # for the step under way; then the ranks are ended all the same
 
 
@@ -109,6 +110,7 @@ class Engine:
         self._event_loop = asyncio.get_running_loop()
         self._failure: str | None = None
         self._draining = False
+        self._checked = monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -247,7 +249,7 @@ class Engine:
     def _run(self) -> None:
         under_way: deque[tuple[StepPlan, PendingStep]] = deque()
         try:
-            while self._take_commands(wait=not (under_way or self._scheduler.has_work)):
+            while self._take_commands(wait=self._idle(under_way)):
                 self._publish(self._scheduler.expire(monotonic()))
                 plan = self._scheduler.schedule()
                 if plan is not None:
@@ -261,6 +263,15 @@ class Engine:
             self._give_up(str(error))
             while self._take_commands(wait=True):
                 pass
+
+    def _idle(self, under_way: Collection[object]) -> bool:
+        """Is there nothing to do but wait? Then, now and then, is the time to see that no page was lost."""
+        if under_way or self._scheduler.has_work:
+            return False
+        if monotonic() - self._checked > CHECK_EVERY_S:
+            self._checked = monotonic()
+            self._scheduler.check_integrity()
+        return True
 
     def _take_commands(self, *, wait: bool) -> bool:
         """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
