@@ -104,8 +104,8 @@ def random_rope(rng: random.Random, head_dim: int) -> dict[str, Any]:
     return {"rope_type": "default"} | rng.choice(kinds) | {"rope_theta": rng.choice([1e4, 1e6])}
 
 
-def expected_logits(directory: Path, texts: list[list[int]]) -> list[torch.Tensor]:
-    model = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def expected_logits(directory: Path, texts: list[list[int]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    model = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager")
     with torch.inference_mode():
         return [model(torch.tensor([text])).logits[0] for text in texts]
 
@@ -129,8 +129,15 @@ def test_transformers_agrees_however_texts_are_cut_into_steps(tmp_path: Path, se
         for seq, rows in enumerate(logits.split(lengths)):
             found[seq].append(rows)
     for seq, expected in enumerate(expected_logits(directory, texts)):
-        error = (torch.cat(found[seq]) - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"seed {seed}, sequence {seq}"
+        ours = torch.cat(found[seq])
+        if distance(ours, expected) > 2e-5:
+            # Two experts all but tied, or a model that magnifies rounding: float64 knows who is right.
+            exact = expected_logits(directory, [texts[seq]], torch.float64)[0]
+            assert distance(ours, exact) < 2 * distance(expected, exact), f"seed {seed}, sequence {seq}"
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def tiny_model(directory: Path, **overrides: Any) -> tuple[Mixtral, Callable[[], KVCache]]:
