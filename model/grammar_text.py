@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any, Literal
 
-from llguidance import LLMatcher
+from llguidance import regex_to_lark
 
 from model.errors import GrammarError
 from model.schema_check import check_schema, parse_json
@@ -49,8 +50,8 @@ _REFUSED = {
 }
 
 
-def library_grammar(kind: GrammarKind, text: str) -> dict[str, Any]:
-    """One entry of the library's list of grammars."""
+def library_grammar(kind: GrammarKind, text: str, markers: Collection[int]) -> dict[str, Any]:
+    """One entry of the library's list of grammars. markers: ids of control tokens that Lark may name, as <[5]>."""
     if len(text) > MAX_LENGTH[kind]:
         raise GrammarError(f"the {kind} has {len(text)} characters, and {MAX_LENGTH[kind]} are allowed")
     try:
@@ -67,7 +68,7 @@ def library_grammar(kind: GrammarKind, text: str) -> dict[str, Any]:
         case "choice":
             return {"lark_grammar": _choice(parse_json(text, "list of choices"))}
         case "lark":
-            return {"lark_grammar": _lark(text)}
+            return {"lark_grammar": _lark(text, markers)}
 
 
 def _json_schema(schema: Any) -> dict[str, Any]:
@@ -75,8 +76,8 @@ def _json_schema(schema: Any) -> dict[str, Any]:
 
 
 def _regex(text: str) -> str:
-    grammar: str = json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
-    return grammar
+    digits = "d"  # \d is 0-9, not every script's digits
+    return f"start: /{regex_to_lark(text, digits)}/" if text else 'start: ""'
 
 
 def _choice(choices: Any) -> str:
@@ -89,8 +90,9 @@ def _lark_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
-def _lark(text: str) -> str:
+def _lark(text: str, markers: Collection[int]) -> str:
     """The grammar with every %json schema checked and given our white space."""
+    named = {f"<[{i}]>" for i in markers}
     parts: list[str] = []
     end = 0
     while piece := _LARK_PIECE.search(text, end):
@@ -98,7 +100,7 @@ def _lark(text: str) -> str:
         end = piece.end()
         kind = piece.lastgroup
         assert kind is not None
-        if kind in _REFUSED:
+        if kind in _REFUSED and piece[0] not in named:
             raise GrammarError(f"lark: {_REFUSED[kind].format(piece[0][:80])}")
         if kind == "json":
             schema, end = _leading_json(text, end)
