@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-from model.checkpoint import halves_from_pairs
+from model.checkpoint_files import halves_from_pairs
 from model.config import MixtralConfig
 from model.rotary import Rotary, rotate
 from tests.tiny import CONFIG
