@@ -130,6 +130,9 @@ def keep(where: str | None) -> None:
         except OSError as error:
             raise SettingsError(f"access_log: {where} cannot be written ({error.strerror}).") from None
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers[:] = [handler]
+    for before in logger.handlers[:]:
+        logger.removeHandler(before)
+        before.close()
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

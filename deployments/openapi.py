@@ -108,7 +108,7 @@ def document() -> Json:
     for probe in ("/health", "/ready"):  # what they say when it is not well is said in their own form
         paths[probe]["get"]["responses"]["503"] = paths[probe]["get"]["responses"]["200"]
     for path in ("/v1/completions", "/v1/chat/completions"):
-        events = {"schema": {"type": "string", "description": "with stream: true"}}
+        events = {"schema": _answer(data=_TEXT) | {"description": "With stream: true. Each event's data is a chunk."}}
         paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"] = events
     return {
         "openapi": "3.1.0",

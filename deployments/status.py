@@ -21,7 +21,6 @@ class Status:
         self._config = config
         self._replica = replica
         self._started = int(time.time())
-        self._document = document()
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -57,7 +56,7 @@ class Status:
         return JSONResponse({"status": "not ready", "ranks_not_ready": states}, 503)
 
     async def openapi(self) -> Response:
-        return JSONResponse(self._document)
+        return JSONResponse(document())
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._card(name) for name in self._service.model_names]})
