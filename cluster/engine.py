@@ -1,32 +1,25 @@
-"""The engine: requests in, token events out. One loop in its own thread, three calls: schedule, step, postprocess.
+"""The engine as its callers see it: requests in, token events out, on their event loop.
 
-    event loop (asyncio)                      engine thread
-    generate() ──Add──▶ inbox ──────────────▶ schedule ▶ step ▶ postprocess ─┐
-       ▲  queue per request ◀── _deliver ◀── one list of events per step ◀──┘
+    event loop (asyncio)                         engine thread (engine_loop.py)
+    generate() ──Add──▶ inbox ─────────────────▶ schedule ▶ step ▶ postprocess ─┐
+       ▲  queue per request ◀── _deliver ◀─── one list of events per step ◀────┘
 
-The thread owns the scheduler; nothing else touches it. It works one step ahead: step n + 1 is scheduled and handed
-out while the ranks compute n. Text is made on the event loop's side, so that the thread, on which the ranks wait,
-does only what steps need.
+Text is made here (answer.py), so that the thread, on which the ranks wait, does only what steps need.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import queue
 import secrets
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, replace
-from time import monotonic
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from cluster.answer import Answers
 from cluster.config import EngineConfig
+from cluster.engine_loop import Abort, Add, Died, EngineLoop
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
-from cluster.exchange_rule import choose_exchange
 from cluster.kv_pool import PagePool
 from cluster.messages import (
     EncodeEvent,
@@ -35,16 +28,13 @@ from cluster.messages import (
     Grammar,
     RankStatus,
     Request,
-    StepPlan,
     TokenEvent,
 )
 from cluster.scheduler import Event, Scheduler
-from cluster.worker_group import PendingStep, WorkerGroup
+from cluster.worker_group import WorkerGroup
 from model.config import Architecture, MixtralConfig
 from model.errors import ModelError
 from model.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 Task = Literal["generate", "embed", "classify", "token_classify", "question_answering"]
 TASKS: dict[Architecture, Task] = {
@@ -54,29 +44,7 @@ TASKS: dict[Architecture, Task] = {
     "MixtralForTokenClassification": "token_classify",
     "MixtralForQuestionAnswering": "question_answering",
 }
-STEPS_AHEAD = 1
-CHECK_EVERY_S = 60.0  # when idle
 STOP_TIMEOUT_S = 5.0  # for the step under way; then the ranks are ended all the same
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    key: str
-    request: Request | EncodeRequest
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    key: str
-    choice: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Fail:
-    reason: str
-
-
-_Command = _Add | _Abort | _Fail | None  # None ends the loop
 
 
 class Engine:
@@ -102,17 +70,13 @@ class Engine:
             num_pages, config.kv.page_size, prefix_caching=prefix_caching, key=secrets.token_bytes(32)
         )
         self._scheduler = Scheduler(config.scheduler, self._pool, tokenizer.eos_ids, model.sliding_window)
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         # By a key of our own: events of an aborted request may still be on their way when its id is used again.
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._keys: dict[str, str] = {}  # request_id -> key
         self._counter = itertools.count()
         self._event_loop = asyncio.get_running_loop()
-        self._failure: str | None = None
         self._draining = False
-        self._checked = monotonic()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._loop = EngineLoop(self._scheduler, group, config.parallel, self._publish)
 
     @property
     def task(self) -> Task:
@@ -127,12 +91,12 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Can this engine ever answer again?"""
-        return self._failure is None and self._thread.is_alive()
+        return self._loop.failure is None and self._loop.alive
 
     @property
     def ready(self) -> bool:
         """Should requests be sent here?"""
-        return self.healthy and not self._draining
+        return self.healthy and not self._draining and not self._loop.recovering
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
         """The request's events, one per choice and step. Closing the iterator aborts the request."""
@@ -155,7 +119,7 @@ class Engine:
                 if shown is None:
                     continue
                 if shown.finish_reason is not None and event.finish_reason is None:
-                    self._inbox.put(_Abort(key, event.choice))  # the text ended the choice, not the token
+                    self._loop.put(Abort(key, event.choice))  # the text ended the choice, not the token
                 yield shown
         finally:
             self._forget(request.request_id, key, abort=bool(answers.open))
@@ -177,11 +141,11 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Stop working on a request, if it is still there; its stream ends."""
         if (key := self._keys.get(request_id)) is not None:
-            self._inbox.put(_Abort(key))
+            self._loop.put(Abort(key))
 
-    def fail(self, reason: str) -> None:
-        """The ranks cannot go on: answer every request with the reason, take no more. Callable from any thread."""
-        self._inbox.put(_Fail(reason))
+    def rank_died(self, reason: str, epoch: int) -> None:
+        """What the worker group saw, perhaps between two steps. Callable from any thread."""
+        self._loop.put(Died(reason, epoch))
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -190,10 +154,11 @@ class Engine:
             waiting=scheduler.num_waiting,
             pages_total=self._pool.num_pages,
             pages_used=self._pool.num_held,
-            steps=scheduler.num_steps,
+            steps=scheduler.steps,
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=scheduler.generated_tokens,
             preemptions=scheduler.preemptions,
+            recoveries=self._loop.recoveries,
         )
 
     def ranks(self) -> tuple[RankStatus, ...]:
@@ -206,14 +171,15 @@ class Engine:
     async def stop(self) -> None:
         """End the loop and the ranks. Requests still open get a last event."""
         self._draining = True
-        self._inbox.put(_Fail("the server is shutting down"))
-        self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+        self._loop.put(None)
+        await asyncio.to_thread(self._loop.join, STOP_TIMEOUT_S)
         await asyncio.to_thread(self._group.stop)
 
     def _check(self, request_id: str, token_ids: Sequence[int], max_tokens: int) -> None:
-        if self._failure is not None:
-            raise EngineNotReady(self._failure, retry_after_s=10)
+        if self._loop.failure is not None:
+            raise EngineNotReady(self._loop.failure, retry_after_s=10)
+        if self._loop.recovering:
+            raise EngineNotReady("a rank died and is being replaced", retry_after_s=2)
         if self._draining:
             raise EngineDraining("the server is shutting down", retry_after_s=10)
         if not token_ids or len(token_ids) + max_tokens > self.max_model_len:
@@ -238,66 +204,17 @@ class Engine:
     def _submit(self, request: Request | EncodeRequest) -> tuple[str, asyncio.Queue[Event]]:
         key = self._keys[request.request_id] = f"{request.request_id}/{next(self._counter)}"
         stream = self._streams[key] = asyncio.Queue()
-        self._inbox.put(_Add(key, request))
+        self._loop.put(Add(key, request))
         return key, stream
 
     def _forget(self, request_id: str, key: str, *, abort: bool) -> None:
         if abort:
-            self._inbox.put(_Abort(key))
+            self._loop.put(Abort(key))
         del self._streams[key], self._keys[request_id]
-
-    def _run(self) -> None:
-        under_way: deque[tuple[StepPlan, PendingStep]] = deque()
-        try:
-            while self._take_commands(wait=self._idle(under_way)):
-                self._publish(self._scheduler.expire(monotonic()))
-                plan = self._scheduler.schedule()
-                if plan is not None:
-                    plan = replace(plan, exchange=choose_exchange(self._config.parallel, plan.num_tokens))
-                    under_way.append((plan, self._group.step(plan)))
-                if len(under_way) > STEPS_AHEAD or (plan is None and under_way):
-                    plan, pending = under_way.popleft()
-                    self._publish(self._scheduler.postprocess(plan, pending.result()))
-        except Exception as error:  # a process boundary of its own: whoever waits gets an answer
-            log.exception("the engine's loop failed")
-            self._give_up(str(error))
-            while self._take_commands(wait=True):
-                pass
-
-    def _idle(self, under_way: Collection[object]) -> bool:
-        """Is there nothing to do but wait? Then, now and then, is the time to see that no page was lost."""
-        if under_way or self._scheduler.has_work:
-            return False
-        if monotonic() - self._checked > CHECK_EVERY_S:
-            self._checked = monotonic()
-            self._scheduler.check_integrity()
-        return True
-
-    def _take_commands(self, *, wait: bool) -> bool:
-        """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
-        while wait or not self._inbox.empty():
-            match self._inbox.get():
-                case _Add(key, request):
-                    self._scheduler.add(key, request)
-                    if self._failure is not None:
-                        self._publish(self._scheduler.fail_all(self._failure))
-                case _Abort(key, choice):
-                    if self._scheduler.abort(key, choice) and choice is None:
-                        self._publish([TokenEvent(key, (), finish_reason="abort")])
-                case _Fail(reason):
-                    self._give_up(reason)
-                case None:
-                    return False
-            wait = False
-        return True
-
-    def _give_up(self, reason: str) -> None:
-        self._failure = self._failure or reason
-        self._publish(self._scheduler.fail_all(self._failure))
 
     def _publish(self, events: Sequence[Event]) -> None:
         """One crossing to the event loop per step, whatever the number of requests."""
-        if events:
+        if not self._event_loop.is_closed():
             self._event_loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Sequence[Event]) -> None:

@@ -113,6 +113,15 @@ class PagePool:
         """How many hold each page that is held."""
         return {page: count for page, count in enumerate(self._references) if count}
 
+    def forget(self) -> None:
+        """No page holds what it held: nothing can be found any more. Held pages stay held."""
+        for page in self._cached:
+            self._free[page] = 1
+        self._num_free += len(self._cached)
+        self._cached.clear()
+        self._page_of.clear()
+        self._digest_of.clear()
+
     def check_integrity(self) -> None:
         held = {page for page, references in enumerate(self._references) if references}
         free = {page for page in range(self.num_pages) if self._free[page]}

@@ -10,9 +10,10 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine
+from cluster.in_process_group import InProcessGroup
 from cluster.memory import held_at_once
 from cluster.placement import Placement, even_placement
-from cluster.worker_group import InProcessGroup, RayGroup, WorkerGroup
+from cluster.worker_group import RayGroup, WorkerGroup
 from model.config import load_config
 from model.tokenizer import load_tokenizer
 
@@ -24,19 +25,20 @@ GroupFactory = Callable[[EngineConfig, Placement, int], WorkerGroup]
 async def launch(config: EngineConfig, placement_group: Any = None) -> Engine:
     """An engine over Ray actors, one per rank, in the given placement group. Ray must be up."""
     engine: Engine | None = None
-    failures: list[str] = []
+    early: list[tuple[str, int]] = []
 
-    def on_death(reason: str) -> None:
-        failures.append(reason)
-        if engine is not None:
-            engine.fail(reason)
+    def on_death(reason: str, epoch: int) -> None:
+        if engine is None:
+            early.append((reason, epoch))
+        else:
+            engine.rank_died(reason, epoch)
 
     def group(config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> WorkerGroup:
         return RayGroup(config, placement, tokens_per_sequence, placement_group=placement_group, on_death=on_death)
 
     engine = await _launch(config, group)
-    if failures:
-        engine.fail(failures[0])
+    for death in early:
+        engine.rank_died(*death)
     return engine
 
 

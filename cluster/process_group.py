@@ -41,6 +41,13 @@ class Store(Protocol):
     def port(self) -> int: ...
 
 
+class Transported(Comm, Protocol):
+    """A Comm that other ranks are behind."""
+
+    def abort(self) -> None:
+        """Make this rank's collectives raise, now and from now on. Callable from another thread."""
+
+
 def open_store(rendezvous: Rendezvous) -> Store:
     """The store at which a group meets; whoever opens it keeps it while the group lives. Port 0: any free one."""
     store: Store = dist.TCPStore(
@@ -54,7 +61,7 @@ def open_store(rendezvous: Rendezvous) -> Store:
     return store
 
 
-def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Comm:
+def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Transported:
     """This rank's end of the group; returns when all ranks have joined. Rank 0 brings the store it opened."""
     timeout = timedelta(seconds=rendezvous.timeout_s)
     if store is None:

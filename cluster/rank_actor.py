@@ -1,7 +1,7 @@
 """What runs in each rank's process: a worker, and beside it a thread of control that never waits for the worker.
 
 Plain Python: cluster/worker_group.py makes a Ray actor of it. `load`, `join` and `step` run one at a time;
-`prepare`, `watch` and `end` belong to the concurrency group "control".
+`abort`, `prepare`, `watch` and `end` belong to the concurrency group "control".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from cluster.config import EngineConfig
 from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
-from cluster.process_group import Rendezvous, Store, Transport, join, open_store
+from cluster.process_group import Rendezvous, Store, Transport, Transported, join, open_store
 from cluster.worker import Worker
 from model.comm import SoloComm
 
@@ -22,6 +22,7 @@ class RankActor:
         self._worker = Worker(rank, config, placement)
         self._ended = threading.Event()
         self._store: Store | None = None
+        self._comm: Transported | None = None
 
     def load(self) -> WorkerFacts:
         return self._worker.load()
@@ -34,13 +35,18 @@ class RankActor:
 
     def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int) -> None:
         """Take a place in the group; None: there is nobody else."""
-        if rendezvous is None:
-            self._worker.join(SoloComm(), num_pages)
-        else:
-            self._worker.join(join(rendezvous, self._rank, own_address, self._store), num_pages)
+        self._comm = None
+        if rendezvous is not None:
+            self._comm = join(rendezvous, self._rank, own_address, self._store)
+        self._worker.join(self._comm or SoloComm(), num_pages)
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)
+
+    def abort(self) -> None:
+        """Nothing else can unblock a rank that waits for another one in a collective."""
+        if self._comm is not None:
+            self._comm.abort()
 
     def prepare(self, grammar: Grammar) -> None:
         self._worker.prepare(grammar)

@@ -75,6 +75,7 @@ class Scheduler:
         self._releases: list[int] = []  # sequences the ranks may forget
         self._next_number = 0
         self._next_step = 0
+        self.steps = 0
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -91,10 +92,6 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return sum(map(len, self._requests.values())) - len(self._running)
-
-    @property
-    def num_steps(self) -> int:
-        return self._next_step
 
     def add(self, key: str, request: Request | EncodeRequest) -> None:
         assert key not in self._requests
@@ -123,6 +120,20 @@ class Scheduler:
         for sequence in sequences:
             self._drop(sequence)
         return [sequence.failure(error) for sequence in sequences]
+
+    def start_over(self) -> None:
+        """The ranks have forgotten everything: whoever ran waits again, with the tokens it has."""
+        self._under_way.clear()
+        self._releases.clear()
+        self._next_step = 0
+        for sequence in self._running:
+            sequence.in_flight = 0
+            self._pool.release(sequence.lose_pages())
+            self._waiting.push(sequence)
+        self._running.clear()
+        for sequence in self._waiting:  # also those that were preempted with a sample under way
+            sequence.in_flight = 0
+        self._pool.forget()
 
     def expire(self, now: float) -> list[Event]:
         """End the requests that have not begun by their deadline."""
@@ -157,6 +168,7 @@ class Scheduler:
         releases, self._releases = tuple(self._releases), []
         plan = StepPlan(self._next_step, tuple(step.chunks), tuple(step.starts), releases)
         self._next_step += 1
+        self.steps += 1
         self._under_way.append(step.sequences)
         return plan
 

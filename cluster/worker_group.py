@@ -1,22 +1,16 @@
-"""All ranks of one replica as one thing that takes a plan and gives a result. Two forms:
+"""All ranks of one replica as one thing that takes a plan and gives a result; and its form as Ray actors.
 
-    InProcessGroup   one rank, called directly: tests and offline use, no ray needed
-    RayGroup         one actor per rank; watched, so that a death is known at once even while nobody steps
-
-Knows lifecycles, not tokens. The only file of cluster/ that imports ray.
+The other form, for tests and offline use, is cluster/in_process_group.py. Knows lifecycles, not tokens. The only file
+of cluster/ that imports ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from time import monotonic
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.config import EngineConfig
@@ -26,14 +20,15 @@ from cluster.messages import Grammar, RankStatus, StepPlan, StepResult, WorkerFa
 from cluster.placement import Placement
 from cluster.process_group import Transport
 from cluster.rank_actor import RankActor
+from cluster.step_clock import StepClock
 from cluster.transport import shared_memory
-from cluster.worker import Worker
-from model.comm import SoloComm
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"  # what ranks on one node meet on: nothing listens outside
 STOP_TIMEOUT_S = 5.0
+ABORT_TIMEOUT_S = 5.0  # a rank that cannot leave a collective in this time is replaced
+DEATHS_WITHIN_S = 0.3  # a failed step is heard of before the death that caused it
 
 
 class PendingStep(Protocol):
@@ -48,6 +43,16 @@ class WorkerGroup(Protocol):
     def step(self, plan: StepPlan) -> PendingStep:
         """Hand a plan to every rank. Plans are carried out in the order they are handed in."""
 
+    @property
+    def epoch(self) -> int:
+        """How often the ranks were formed anew."""
+
+    def recover(self) -> None:
+        """After a failed step or a death: replace the ranks that are gone and form the group anew.
+
+        Weights stay where they are; pages and sequences are forgotten, steps count from 0 again. Blocks.
+        """
+
     def prepare(self, grammar: Grammar) -> None:
         """Compile a grammar where tokens are chosen, beside the steps. Blocks; ModelError if it cannot be."""
 
@@ -57,41 +62,13 @@ class WorkerGroup(Protocol):
         """End every rank. Safe at any time, and twice."""
 
 
-class InProcessGroup:
-    """One rank in this process, on a thread of its own: the engine plans while it computes."""
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """One actor, and the call that fails within milliseconds of its death."""
 
-    def __init__(self, config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> None:
-        self._config = config
-        self._tokens_per_sequence = tokens_per_sequence
-        self._worker = Worker(0, config, placement)
-        self._clock = _StepClock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank-0")
-        self._status = RankStatus(0, os.getpid(), socket.gethostname(), config.device, "loading", None)
-
-    def start(self) -> int:
-        num_pages = page_budget(self._config, [self._worker.load()], self._tokens_per_sequence)
-        # On the thread that will step: torch's number of threads is each thread's own to set.
-        self._thread.submit(self._worker.join, SoloComm(), num_pages).result()
-        self._status = replace(self._status, state="ready")
-        return num_pages
-
-    def step(self, plan: StepPlan) -> PendingStep:
-        return self._thread.submit(self._step, plan)
-
-    def prepare(self, grammar: Grammar) -> None:
-        self._worker.prepare(grammar)
-
-    def ranks(self) -> tuple[RankStatus, ...]:
-        return (replace(self._status, last_step_age_s=self._clock.age()),)
-
-    def stop(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._status = replace(self._status, state="dead")
-
-    def _step(self, plan: StepPlan) -> StepResult:
-        result = self._worker.step(plan)
-        self._clock.tick()
-        return result
+    actor: Any
+    watch: Any
+    facts: WorkerFacts
 
 
 class RayGroup:
@@ -104,92 +81,97 @@ class RayGroup:
         tokens_per_sequence: int,
         *,
         placement_group: Any = None,  # bundle r holds rank r; None: wherever Ray finds room
-        on_death: Callable[[str], None] = log.error,  # called once, from the watching thread, with a sentence
+        on_death: Callable[[str, int], None],  # from a watching thread, with a sentence and the epoch
     ) -> None:
         self._config = config
         self._placement = placement
         self._tokens_per_sequence = tokens_per_sequence
         self._placement_group = placement_group
         self._on_death = on_death
-        self._clock = _StepClock()
-        self._actors: list[Any] = []
-        self._statuses: list[RankStatus] = []
+        self._clock = StepClock()
+        self._ranks: dict[int, _Rank] = {}
+        self._dead: set[int] = set()
+        self._num_pages = 0
         self._stopping = threading.Event()
-        self._watches: list[Any] = []
+        self.epoch = 0
 
     def start(self) -> int:
-        import ray
-
         try:
-            self._actors = [self._create(rank) for rank in range(self._config.parallel.tensor)]
-            facts: list[WorkerFacts] = ray.get([actor.load.remote() for actor in self._actors])
-            num_pages = page_budget(self._config, facts, self._tokens_per_sequence)
-            self._join(num_pages)
-        except ray.exceptions.RayTaskError as error:  # what a rank raised, without Ray's wrapping
-            self.stop()
-            raise error.cause from None
+            self._fill()
+            facts = [rank.facts for rank in self._ranks.values()]
+            self._num_pages = page_budget(self._config, facts, self._tokens_per_sequence)
+            self._form()
         except BaseException:
             self.stop()
             raise
-        self._statuses = [
-            RankStatus(rank, fact.pid, fact.node, fact.device, "ready", None) for rank, fact in enumerate(facts)
-        ]
-        for rank, fact in enumerate(facts):
-            log.info(
-                "rank %d: %.2f GB in %.1f s, pid %d on %s",
-                rank,
-                fact.weight_bytes / 1e9,
-                fact.load_seconds,
-                fact.pid,
-                fact.node,
-            )
-        # One never-ending call per actor: it fails within milliseconds of the actor's death.
-        self._watches = [actor.watch.options(concurrency_group="control").remote() for actor in self._actors]
-        threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
-        return num_pages
+        return self._num_pages
+
+    def recover(self) -> None:
+        self.epoch += 1
+        self._dead |= self._find_dead() | self._abort()
+        for number in self._dead:
+            _kill(self._ranks.pop(number).actor)
+        self._fill()
+        self._form()
+        if self._stopping.is_set():  # meanwhile, and what was just started must not stay
+            self.stop()
 
     def step(self, plan: StepPlan) -> PendingStep:
-        return _RayStep([actor.step.remote(plan) for actor in self._actors], self._clock)
+        return _RayStep([rank.actor.step.remote(plan) for rank in self._ranks.values()], self._clock)
 
     def prepare(self, grammar: Grammar) -> None:
-        import ray
-
-        try:
-            ray.get(self._actors[0].prepare.options(concurrency_group="control").remote(grammar))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+        _get([self._ranks[0].actor.prepare.options(concurrency_group="control").remote(grammar)])
 
     def ranks(self) -> tuple[RankStatus, ...]:
-        return tuple(replace(status, last_step_age_s=self._clock.age()) for status in self._statuses)
+        age = self._clock.age()
+        return tuple(
+            RankStatus(n, r.facts.pid, r.facts.node, r.facts.device, "dead" if n in self._dead else "ready", age)
+            for n, r in sorted(self._ranks.copy().items())
+        )
 
     def stop(self) -> None:
         import ray
 
         self._stopping.set()
-        for actor in self._actors:
-            with contextlib.suppress(ray.exceptions.RayError):  # it may be dead already
-                ray.kill(actor)
-        if self._watches:  # each ends with its actor
-            ray.wait(self._watches, num_returns=len(self._watches), timeout=STOP_TIMEOUT_S)
-        self._statuses = [replace(status, state="dead") for status in self._statuses]
+        for rank in self._ranks.values():
+            _kill(rank.actor)
+        if watches := [rank.watch for rank in self._ranks.values()]:  # each ends with its actor
+            ray.wait(watches, num_returns=len(watches), timeout=STOP_TIMEOUT_S)
+        self._dead = set(self._ranks)
 
-    def _join(self, num_pages: int) -> None:
-        import ray
+    def _fill(self) -> None:
+        """Start and load the ranks that are missing."""
+        missing = [rank for rank in range(self._config.parallel.tensor) if rank not in self._ranks]
+        actors = [self._create(rank) for rank in missing]
+        try:
+            facts: list[WorkerFacts] = _get([actor.load.remote() for actor in actors])
+        except BaseException:
+            for actor in actors:
+                _kill(actor)
+            raise
+        for number, actor, fact in zip(missing, actors, facts, strict=True):
+            watch = actor.watch.options(concurrency_group="control").remote()
+            self._ranks[number] = _Rank(actor, watch, fact)
+            gigabytes = fact.weight_bytes / 1e9
+            log.info(
+                "rank %d: %.2f GB in %.1f s, pid %d on %s", number, gigabytes, fact.load_seconds, fact.pid, fact.node
+            )
+        self._ranks = dict(sorted(self._ranks.items()))
+        self._dead.clear()
 
-        addresses: list[str] = ray.get([actor.address.remote() for actor in self._actors])
+    def _form(self) -> None:
+        """Connect the ranks, and watch them."""
+        actors = [rank.actor for rank in self._ranks.values()]
+        addresses: list[str] = _get([actor.address.remote() for actor in actors])
         transport: Transport = "gloo"
         if len(set(addresses)) == 1:
             addresses = [LOOPBACK] * len(addresses)
             transport = "shared_memory" if shared_memory.supported() else "gloo"
         rendezvous = None
-        if len(addresses) > 1:
-            rendezvous = ray.get(self._actors[0].open_store.remote(addresses[0], len(addresses), 0, transport))
-        ray.get(
-            [
-                actor.join.remote(rendezvous, address, num_pages)
-                for actor, address in zip(self._actors, addresses, strict=True)
-            ]
-        )
+        if len(actors) > 1:
+            (rendezvous,) = _get([actors[0].open_store.remote(addresses[0], len(actors), self.epoch, transport)])
+        _get([a.join.remote(rendezvous, at, self._num_pages) for a, at in zip(actors, addresses, strict=True)])
+        threading.Thread(target=self._watch, args=(self.epoch,), name="watch-ranks", daemon=True).start()
 
     def _create(self, rank: int) -> Any:
         import ray
@@ -207,17 +189,64 @@ class RayGroup:
             )
         return ray.remote(**options)(_RayRank).remote(rank, self._config, self._placement)
 
-    def _watch(self) -> None:
-        """Wait for the first death."""
+    def _watch(self, epoch: int) -> None:
+        """Wait for the first death of an epoch."""
         import ray
 
-        ready, _ = ray.wait(self._watches, num_returns=1)
-        if self._stopping.is_set():
+        ranks = dict(self._ranks)
+        ray.wait([rank.watch for rank in ranks.values()], num_returns=1)
+        if self._stopping.is_set() or self.epoch != epoch:
             return
-        dead = self._watches.index(ready[0])
-        status = self._statuses[dead]
-        self._statuses[dead] = replace(status, state="dead")
-        self._on_death(f"rank {dead} (pid {status.pid} on {status.node}) died")
+        self._dead |= self._find_dead()
+        names = [f"rank {n} (pid {ranks[n].facts.pid} on {ranks[n].facts.node})" for n in sorted(self._dead)]
+        self._on_death(f"{' and '.join(names)} died", epoch)
+
+    def _find_dead(self) -> set[int]:
+        import ray
+
+        watches = {rank.watch: number for number, rank in self._ranks.items()}
+        ray.wait(list(watches), num_returns=1, timeout=DEATHS_WITHIN_S)
+        ended, _ = ray.wait(list(watches), num_returns=len(watches), timeout=0.01)
+        return {watches[watch] for watch in ended}
+
+    def _abort(self) -> set[int]:
+        """Call every survivor out of its collectives; the ranks that did not come."""
+        import ray
+
+        calls = {
+            rank.actor.abort.options(concurrency_group="control").remote(): number
+            for number, rank in self._ranks.items()
+            if number not in self._dead
+        }
+        if not calls:
+            return set()
+        ended, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=ABORT_TIMEOUT_S)
+        lost = {calls[call] for call in waiting}
+        for call in ended:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayError:
+                lost.add(calls[call])
+        return lost
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):  # it may be dead already
+        ray.kill(actor)
+
+
+def _get(references: Sequence[Any]) -> Any:
+    """The results of calls to ranks; what a rank raised, without Ray's wrapping."""
+    import ray
+
+    try:
+        return ray.get(list(references))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayActorError as error:
+        raise StepFailed(f"a rank died: {str(error).splitlines()[0]}") from error
 
 
 class _RayRank(RankActor):
@@ -230,21 +259,8 @@ class _RayRank(RankActor):
         return address
 
 
-class _StepClock:
-    """When the last step ended."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-
-    def tick(self) -> None:
-        self._last = monotonic()
-
-    def age(self) -> float | None:
-        return None if self._last is None else monotonic() - self._last
-
-
 class _RayStep:
-    def __init__(self, references: list[Any], clock: _StepClock) -> None:
+    def __init__(self, references: list[Any], clock: StepClock) -> None:
         self._references = references
         self._clock = clock
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from cluster.errors import StepFailed
 from cluster.messages import (
     LAST_SAMPLED,
     Grammar,
@@ -49,6 +50,9 @@ class FakeGroup:
         self.fail_with: Exception | None = None
         self.fail_sequence: str | None = None  # why the first sequence of each plan fails
         self.tickets: threading.Semaphore | None = None  # each step takes one, and waits for it
+        self.fail_at: set[int] = set()  # steps, counted over all epochs, that fail once
+        self.steps = 0
+        self.epoch = 0
         self.prepare_error: Exception | None = None
         self.stopped = False
 
@@ -63,6 +67,9 @@ class FakeGroup:
             self.tickets.acquire()
         if self.fail_with is not None:
             raise self.fail_with
+        self.steps += 1
+        if self.steps in self.fail_at:
+            raise StepFailed("rank 1 died during a step")
         assert plan.step == len(self.plans)
         self.plans.append(plan)
         for number in plan.releases:
@@ -73,6 +80,11 @@ class FakeGroup:
         for chunk in plan.chunks:
             self._store(chunk)
         return self._result(plan)
+
+    def recover(self) -> None:
+        """Everything is forgotten."""
+        self.epoch += 1
+        self.plans, self._states, self._slots = [], {}, {}
 
     def prepare(self, grammar: Grammar) -> None:
         if self.prepare_error is not None:

@@ -65,3 +65,6 @@ class GlooComm:
         options.rootRank = source
         self._group.broadcast([x], options).wait()
         return x
+
+    def abort(self) -> None:
+        self._group.abort()

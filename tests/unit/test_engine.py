@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import monotonic
@@ -13,7 +14,7 @@ import pytest
 
 from cluster.config import EngineConfig, KVConfig, SchedulerConfig
 from cluster.engine import Engine
-from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
+from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
 from model.config import MixtralConfig
 from model.errors import ModelError
@@ -130,11 +131,7 @@ async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
 
 async def settled(engine: Engine) -> None:
     """Wait until nothing runs: an abort takes effect at the next step."""
-    for _ in range(1000):
-        if engine.stats().running == engine.stats().waiting == 0:
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("the engine still works on a request nobody waits for")
+    await until(lambda: engine.stats().running == engine.stats().waiting == 0)
 
 
 async def test_closing_the_iterator_aborts_the_request() -> None:
@@ -215,17 +212,75 @@ async def test_a_failed_step_answers_everyone_and_makes_the_engine_unhealthy() -
             await collect(engine, request())
 
 
-async def test_a_death_between_steps_is_told_at_once() -> None:
+@pytest.mark.parametrize("seed", range(5))
+async def test_deaths_at_any_step_lose_and_repeat_no_token(seed: int) -> None:
+    chance = random.Random(seed)
+    group = FakeGroup(24, 4)
+    group.fail_at = {step for step in range(2, 400, 3) if chance.random() < 0.5}  # never three in a row
+    async with running_engine(group, SchedulerConfig(max_running=5, max_step_tokens=9, max_waiting=20)) as engine:
+        wanted = [
+            request(f"r{n}", tuple(range(3, 4 + n)), seed=n, n=1 + n % 2, max_tokens=20, logprobs=0, prompt_logprobs=0)
+            for n in range(10)
+        ]
+        answers = await asyncio.gather(*(collect(engine, one) for one in wanted))
+        assert engine.stats().recoveries == group.epoch > 3
+        assert await engine.encode(EncodeRequest("e", (7, 8, 9), "all")) == [[7.0], [8.0], [9.0]]
+    for one, events in zip(wanted, answers, strict=True):
+        for choice in range(one.n):
+            own = [event for event in events if event.choice == choice]
+            tokens = [t for event in own for t in event.token_ids]
+            assert tokens == alone(one.prompt_ids, 20, one.sampling.seed + choice), f"seed {seed}"  # type: ignore[operator]
+            assert [p.token_id for event in own for p in event.logprobs] == tokens
+            assert [e.finish_reason for e in own if e.finish_reason] == ["length"]
+        assert events[0].prompt_logprobs is not None
+        assert len(events[0].prompt_logprobs) == len(one.prompt_ids)
+
+
+async def test_a_death_between_steps_is_recovered_from_at_once() -> None:
     group = FakeGroup(64, 4)
-    group.tickets = threading.Semaphore(1)
     async with running_engine(group) as engine:
-        events = engine.generate(request(max_tokens=120))
-        await anext(events)
-        engine.fail("rank 0 died")
-        group.tickets.release()
-        rest = [event async for event in events]
-        assert (rest[-1].finish_reason, rest[-1].error) == ("error", "rank 0 died")
-        assert not engine.ready
+        await collect(engine, request())
+        engine.rank_died("rank 0 died", 0)
+        engine.rank_died("rank 0 died", 0)  # the same death, heard of twice
+        await until(lambda: engine.stats().recoveries == 1 and engine.ready)
+        events = await collect(engine, request())
+        assert [t for event in events for t in event.token_ids] == alone((5, 6), 8)
+        assert engine.stats().recoveries == group.epoch == 1
+
+
+async def test_while_ranks_are_replaced_new_requests_are_told_to_come_back() -> None:
+    group = FakeGroup(64, 4)
+    held = threading.Event()
+    recover = group.recover
+    group.recover = lambda: (held.wait(), recover())[1]  # type: ignore[method-assign]
+    async with running_engine(group) as engine:
+        engine.rank_died("rank 0 died", 0)
+        await until(lambda: not engine.ready)
+        assert engine.healthy
+        with pytest.raises(EngineNotReady, match="being replaced") as told:
+            await collect(engine, request())
+        assert told.value.retry_after_s > 0
+        held.set()
+        await until(lambda: engine.ready)
+        assert await collect(engine, request())
+
+
+async def test_recoveries_that_lead_nowhere_end() -> None:
+    group = FakeGroup(64, 4)
+    group.fail_with = StepFailed("rank 1 died during a step")
+    async with running_engine(group) as engine:
+        events = await collect(engine, request())
+        assert events[-1].finish_reason == "error"
+        assert "recoveries in a row" in str(events[-1].error)
+        assert not engine.healthy
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not come true")
 
 
 async def test_a_draining_engine_finishes_what_runs() -> None:

@@ -1,0 +1,170 @@
+"""The engine's thread: schedule, step, postprocess, one step ahead; and what happens when the ranks fail.
+
+    inbox ──▶ Scheduler.schedule ──▶ WorkerGroup.step ──▶ Scheduler.postprocess ──▶ publish(events)
+                     ▲                      │ StepFailed, or a death between steps
+                     └── start_over ◀── WorkerGroup.recover
+
+Everything a sequence needs to go on is here: prompt, generated ids, seed. The ranks hold weights and what can be
+computed again. So a failed step is simply not taken in: its tokens were told to nobody, and the same are sampled again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic
+
+from cluster.config import ParallelConfig
+from cluster.errors import StepFailed
+from cluster.exchange_rule import choose_exchange
+from cluster.messages import EncodeRequest, Request, StepPlan, TokenEvent
+from cluster.scheduler import Event, Scheduler
+from cluster.worker_group import PendingStep, WorkerGroup
+
+log = logging.getLogger(__name__)
+
+STEPS_AHEAD = 1
+MAX_FRUITLESS = 3  # recoveries without a completed step between them
+CHECK_EVERY_S = 60.0  # when idle
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    key: str
+    request: Request | EncodeRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    key: str
+    choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    reason: str
+    epoch: int
+
+
+Command = Add | Abort | Died | None  # None ends the loop
+
+
+class EngineLoop:
+    """Owns scheduler and steps. put() and the read-only facts are for other threads."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        group: WorkerGroup,
+        parallel: ParallelConfig,
+        publish: Callable[[Sequence[Event]], None],  # called on this thread, at most once per step
+    ) -> None:
+        self._scheduler = scheduler
+        self._group = group
+        self._parallel = parallel
+        self._publish = publish
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._fruitless = 0
+        self._checked = monotonic()
+        self.failure: str | None = None  # why it will never answer again
+        self.recovering = False
+        self.recoveries = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def put(self, command: Command) -> None:
+        self._inbox.put(command)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._work():
+                self._recover()
+            reason = "the server is shutting down"
+        except Exception as error:  # a process boundary of its own: whoever waits gets an answer
+            log.exception("the engine cannot go on")
+            reason = self.failure = str(error)
+        self._send(self._scheduler.fail_all(reason))
+        while self.failure is not None and (command := self._inbox.get()) is not None:
+            if isinstance(command, Add):
+                self._scheduler.add(command.key, command.request)
+                self._send(self._scheduler.fail_all(self.failure))
+
+    def _work(self) -> bool:
+        """The loop. True: it was told to end. False: the ranks have to be formed anew."""
+        under_way: deque[tuple[StepPlan, PendingStep]] = deque()
+        try:
+            while self._take_commands(wait=self._idle(under_way)):
+                self._send(self._scheduler.expire(monotonic()))
+                plan = self._scheduler.schedule()
+                if plan is not None:
+                    plan = replace(plan, exchange=choose_exchange(self._parallel, plan.num_tokens))
+                    under_way.append((plan, self._group.step(plan)))
+                if len(under_way) > STEPS_AHEAD or (plan is None and under_way):
+                    plan, pending = under_way.popleft()
+                    self._send(self._scheduler.postprocess(plan, pending.result()))
+                    self._fruitless = 0
+        except StepFailed as failure:
+            log.error("%s; the ranks are formed anew", failure)
+            return False
+        return True
+
+    def _recover(self) -> None:
+        """Bring the ranks back; every sequence goes on from the tokens it has. Callers see a pause."""
+        self.recovering = True
+        began = monotonic()
+        self._scheduler.start_over()
+        while True:
+            self.recoveries += 1
+            self._fruitless += 1
+            try:
+                self._group.recover()
+                break
+            except StepFailed as failure:  # another rank died meanwhile
+                log.error("%s, during recovery %d", failure, self.recoveries)
+                if self._fruitless >= MAX_FRUITLESS:
+                    raise
+        if self._fruitless > MAX_FRUITLESS:
+            raise StepFailed(f"{MAX_FRUITLESS} recoveries in a row have not led to a completed step")
+        log.info("recovery %d took %.2f s", self.recoveries, monotonic() - began)
+        self.recovering = False
+
+    def _idle(self, under_way: Collection[object]) -> bool:
+        """Is there nothing to do but wait? Then, now and then, is the time to see that no page was lost."""
+        if under_way or self._scheduler.has_work:
+            return False
+        if monotonic() - self._checked > CHECK_EVERY_S:
+            self._checked = monotonic()
+            self._scheduler.check_integrity()
+        return True
+
+    def _take_commands(self, *, wait: bool) -> bool:
+        """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
+        while wait or not self._inbox.empty():
+            match self._inbox.get():
+                case Add(key, request):
+                    self._scheduler.add(key, request)
+                case Abort(key, choice):
+                    if self._scheduler.abort(key, choice) and choice is None:
+                        self._send([TokenEvent(key, (), finish_reason="abort")])
+                case Died(reason, epoch):
+                    if epoch == self._group.epoch:  # else that death has been dealt with
+                        raise StepFailed(reason)
+                case None:
+                    return False
+            wait = False
+        return True
+
+    def _send(self, events: Sequence[Event]) -> None:
+        if events:
+            self._publish(events)

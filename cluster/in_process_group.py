@@ -1,0 +1,61 @@
+"""The one rank of a group in this process: tests and offline use, no ray needed.
+
+It computes on a thread of its own, so that the engine plans while it does.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from cluster.config import EngineConfig
+from cluster.memory import page_budget
+from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
+from cluster.placement import Placement
+from cluster.step_clock import StepClock
+from cluster.worker import Worker
+from cluster.worker_group import PendingStep
+from model.comm import SoloComm
+
+
+class InProcessGroup:
+    def __init__(self, config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> None:
+        self._config = config
+        self._tokens_per_sequence = tokens_per_sequence
+        self._worker = Worker(0, config, placement)
+        self._clock = StepClock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank-0")
+        self._status = RankStatus(0, os.getpid(), socket.gethostname(), config.device, "loading", None)
+        self._num_pages = 0
+        self.epoch = 0
+
+    def start(self) -> int:
+        self._num_pages = page_budget(self._config, [self._worker.load()], self._tokens_per_sequence)
+        # On the thread that will step: torch's number of threads is each thread's own to set.
+        self._thread.submit(self._worker.join, SoloComm(), self._num_pages).result()
+        self._status = replace(self._status, state="ready")
+        return self._num_pages
+
+    def recover(self) -> None:
+        self.epoch += 1
+        self._thread.submit(self._worker.join, SoloComm(), self._num_pages).result()
+
+    def step(self, plan: StepPlan) -> PendingStep:
+        return self._thread.submit(self._step, plan)
+
+    def prepare(self, grammar: Grammar) -> None:
+        self._worker.prepare(grammar)
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        return (replace(self._status, last_step_age_s=self._clock.age()),)
+
+    def stop(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._status = replace(self._status, state="dead")
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        result = self._worker.step(plan)
+        self._clock.tick()
+        return result
