@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from cluster.messages import Grammar
 from deployments.tool_parser import ToolCallParser
 from deployments.tools import MARKER, Tool, calls_grammar, template_call_id, text_or_calls_grammar
+from model.detokenizer import Vocabulary
+from model.errors import GrammarError
+from model.grammar import GrammarCompiler
 from tests.unit.fake_engine import MODEL, FakeEngine, http, openai, spelling
 
 WEATHER: dict[str, Any] = {
@@ -281,22 +284,18 @@ def test_ids_fit_the_templates() -> None:
     assert long.isalnum()
 
 
+TOKENS = (b"<unk>", b"<s>", b"</s>", MARKER.encode(), *(bytes([value]) for value in range(256)))
+COMPILER = GrammarCompiler(Vocabulary(TOKENS, frozenset(range(4)), False, True), [2], len(TOKENS))
+
+
 def accepts(grammar: Grammar, text: str, marker: bool = False) -> bool:
-    """Whether llguidance, which engines compile grammars with, lets a model write all of the text."""
-    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-
-    class Bytes:
-        eos_token_id, bos_token_id = 2, 1
-        tokens = (b"<unk>", b"<s>", b"</s>", b"[TOOL_CALLS]", *(bytes([value]) for value in range(256)))
-        special_token_ids = (0, 1, 2, 3)
-
-        def __call__(self, text: str | bytes) -> list[int]:
-            return [4 + value for value in (text.encode() if isinstance(text, str) else text)]
-
-    source = LLMatcher.grammar_from_json_schema(grammar.text) if grammar.kind == "json_schema" else grammar.text
-    matcher = LLMatcher(LLTokenizer(TokenizerWrapper(Bytes())), source, log_level=0)
-    assert not matcher.is_error(), matcher.get_error()
-    return matcher.consume_tokens([3] * marker + Bytes()(text)) and matcher.is_accepting()
+    """Whether a model may write all of the text and end there."""
+    matcher = COMPILER.compile(grammar.kind, grammar.text).matcher()
+    try:
+        matcher.replay([3] * marker + [4 + value for value in text.encode()])
+    except GrammarError:
+        return False
+    return bool(int.from_bytes(matcher.mask(), "little") & 1 << 2)
 
 
 TOOLS = [Tool.model_validate(tool) for tool in (WEATHER, CLOCK)]
