@@ -33,8 +33,8 @@ from model.grammar_text import GrammarKind, library_grammar
 
 Result = TypeVar("Result")
 
-# An eighth to a half of the library's own: what fits takes at most about half a second to compile and some ten
-# milliseconds to mask, whatever the text says.
+# Half of the library's own or less: the worst texts we found take half a second to compile and some tens of
+# milliseconds to mask; what people write takes a few milliseconds, and ten microseconds.
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=200_000,
@@ -45,7 +45,7 @@ _LIMITS = LLParserLimits(
     precompute_large_lexemes=False,
     verbose_errors=False,
 )
-# The library recurses as deep as names refer to each other. The longest chain that a text has room for needs 60 MB.
+# The library recurses as deep as names refer to each other: 3,000 deep, an ordinary stack of 8 MB ends the process.
 _STACK_BYTES = 256 << 20
 _MARKERS = {b"[TOOL_CALLS]"}  # control tokens that begin a part of an answer
 _LONGEST_REASON = 200
@@ -72,7 +72,7 @@ class GrammarCompiler:
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], vocab_size: int, max_cached: int = 64) -> None:
         """vocab_size is the logits', which may be padded beyond the tokenizer's vocabulary."""
         eos = frozenset(i for i in eos_ids if i < vocab_size)
-        special = [i for i in vocabulary.special if i < vocab_size]
+        special = [i for i in vocabulary.special if 0 <= i < vocab_size]
         self._markers = frozenset(i for i in special if vocabulary.token_bytes[i] in _MARKERS)
         texts = _token_texts(vocabulary, eos, vocab_size)
         self._in_answers = InAnswers.of(texts, eos | self._markers)
@@ -277,7 +277,7 @@ def _reason(matcher: LLMatcher) -> str:
     if message.startswith("NoExtension"):
         return "nothing matches it"
     if message.startswith("panic"):
-        return "it is too large"
+        return "the grammar library fails on it; write it in another way"
     lines = message.splitlines()
     reason = next((line for line in lines if line.startswith("error: ")), lines[0])
     return reason.removeprefix("error: ")[:_LONGEST_REASON]
