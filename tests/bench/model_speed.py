@@ -1,20 +1,26 @@
 """Prompt and decode speed of the model alone, beside transformers with the same weights, in one run.
 
-    python tests/bench/model_speed.py [--threads 2] [--prompt 128] [--steps 32]
+    python -m tests.bench.model_speed [--threads 2] [--prompt 128] [--steps 32] [--dtype bfloat16]
 
-Random weights of a middle size (791 M parameters, 230 M active), bfloat16 by default. A decode step is timed by its
-median, ours and theirs by turns, so that a busy machine is unfair to both alike.
+Random weights of a middle size (791 M parameters, 230 M active). Medians, ours and theirs by turns, so that a busy
+machine is unfair to both alike. Theirs is the fastest of transformers' implementations of experts, each time anew.
+
+The floor is what the machine could do at best, as measured in the same run: every byte of the weights that a step
+touches read once, and every multiplication of their elements done, at full speed and at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Protocol
 
 import torch
 import transformers
@@ -24,10 +30,14 @@ from model.checkpoint import load_weights
 from model.config import load_config
 from model.exchange import OneRank
 from model.kv_cache import KVCache
+from model.layers import Linear
 from model.mixtral import Mixtral
+from model.moe import Routing
 from model.shard import Shard
+from model.stages import Stage, Stages
 
 PAGE = 16
+STEP_TOKENS = 2048  # as the server steps by default
 SIZES = {
     "vocab_size": 32000,
     "hidden_size": 1024,
@@ -40,55 +50,145 @@ SIZES = {
 }
 
 
-class Ours:
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        config = load_config(directory)
-        weights = load_weights(directory, config, Shard(), dtype=dtype, device=torch.device("cpu"))
-        self._model, self._dtype = Mixtral(config, weights), dtype
-
+class Side(Protocol):
     def start(self, tokens_BL: torch.Tensor, room: int) -> None:
         """Forget everything; compute the prompts."""
-        config = self._model.config
-        self._streams, self._length = len(tokens_BL), 0
-        self._pages = -(-room // PAGE)
-        pages, cpu = self._pages * self._streams, torch.device("cpu")
-        self._kv = KVCache(config, Shard(), num_pages=pages, page_size=PAGE, dtype=self._dtype, device=cpu)
-        self._exchange = OneRank(config.num_local_experts)
-        self._next = tokens_BL
-        self.step()
 
     def step(self) -> None:
         """Compute what is new and choose each stream's next token."""
-        B, L = self._next.shape
-        first, self._length = self._length, self._length + L
-        position_BL = torch.arange(first, self._length).expand(B, L)
-        slot_BL = position_BL + torch.arange(B)[:, None] * (self._pages * PAGE)
-        spans = tuple(SequenceSpan(b * L, L, self._length, ((b * self._pages, self._pages),)) for b in range(B))
+
+
+class Ours:
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        config = load_config(directory)
+        start, before = perf_counter(), memory("VmRSS")
+        forget_peak()
+        weights = load_weights(directory, config, Shard(), dtype=dtype, device=torch.device("cpu"))
+        seconds, peak = perf_counter() - start, memory("VmHWM") - before
+        size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        print(f"{size / 1e6:.0f} MB loaded in {seconds:.1f} s; memory peaked at {peak / size:.2f} of them")
+        self._stages = Stages()
+        self.spent: Counter[Stage] = Counter()  # seconds in each stage
+        self._model, self._dtype = Mixtral(config, weights, stages=self._stages), dtype
+
+    def start(self, tokens_BL: torch.Tensor, room: int) -> None:
+        config = self._model.config
+        B, L = tokens_BL.shape
+        self._pages = -(-room // PAGE)
+        pages, cpu = self._pages * B, torch.device("cpu")
+        self._kv = KVCache(config, Shard(), num_pages=pages, page_size=PAGE, dtype=self._dtype, device=cpu)
+        self._exchange = OneRank(config.num_local_experts)
+        together = max(1, STEP_TOKENS // L)
+        firsts = range(0, B, together)
+        self._next = torch.cat([self._compute(tokens_BL[first : first + together], 0, first) for first in firsts])
+        self._length = L
+
+    def step(self) -> None:
+        self._next = self._compute(self._next, self._length, 0)
+        self._length += 1
+
+    def _compute(self, tokens_BL: torch.Tensor, start: int, first_stream: int) -> torch.Tensor:
+        """The next token of some streams, of which so many are done already."""
+        self._stages.start("build")
+        B, L = tokens_BL.shape
+        stream_B1 = torch.arange(first_stream, first_stream + B)[:, None]
+        position_BL = torch.arange(start, start + L).expand(B, L)
+        slot_BL = position_BL + stream_B1 * (self._pages * PAGE)
+        runs = [((stream * self._pages, self._pages),) for stream in stream_B1.flatten().tolist()]
+        spans = tuple(SequenceSpan(b * L, L, start + L, runs[b]) for b in range(B))
         last_B = torch.arange(L - 1, B * L, L)
-        batch = Batch(self._next.flatten(), position_BL.flatten(), slot_BL.flatten(), spans, last_B)
-        logits_BV = self._model.logits(self._model.forward(batch, self._kv, self._exchange))
-        self._next = logits_BV.argmax(-1, keepdim=True)
+        batch = Batch(tokens_BL.flatten(), position_BL.flatten(), slot_BL.flatten(), spans, last_B)
+        self.routings: list[Routing] = []
+        logits_BV = self._model.logits(self._model.forward(batch, self._kv, self._exchange, self.routings))
+        self._stages.start("sample")
+        next_B1 = logits_BV.argmax(-1, keepdim=True)
+        self.spent.update(self._stages.take())
+        return next_B1
 
 
 class Theirs:
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self._model = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=dtype)
+    def __init__(self, model: transformers.MixtralForCausalLM, experts: str) -> None:
+        self._model, self._experts = model, experts
 
     def start(self, tokens_BL: torch.Tensor, room: int) -> None:
         self._cache = transformers.DynamicCache(config=self._model.config)
         self._next = tokens_BL
-        self.step()
+        # For prompts batched_mm would copy the weights once for every token.
+        self._compute("grouped_mm" if self._experts == "batched_mm" else self._experts)
+
+    def step(self) -> None:
+        self._compute(self._experts)
 
     @torch.inference_mode()
-    def step(self) -> None:
+    def _compute(self, experts: str) -> None:
+        self._model.set_experts_implementation(experts)
         answer = self._model(self._next, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._next = answer.logits[:, -1].argmax(-1, keepdim=True)
 
 
-def seconds(function: Callable[[], None]) -> float:
+@dataclass(frozen=True)
+class Machine:
+    """What is possible here, in bytes and operations per second."""
+
+    bandwidth: float
+    speed: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype) -> Machine:
+        much = torch.ones(1 << 28)  # 1 GiB: no cache holds it
+        bandwidth = much.nbytes / median(timed(much.sum) for _ in range(5))
+        N = 4096
+        linear, x_NN = Linear(torch.ones(N, N, dtype=dtype)), torch.ones(N, N, dtype=dtype)
+        speed = 2 * N**3 / median(timed(partial(linear, x_NN)) for _ in range(5))
+        print(f"here {bandwidth / 1e9:.0f} GB/s are read and {speed / 1e9:.0f} GFLOP/s multiplied at best")
+        return cls(bandwidth, speed)
+
+    def floor(self, ours: Ours, rows: int, streams: int, dtype: torch.dtype) -> float:
+        """Seconds of the step just made: of so many rows, and one row of logits for every stream."""
+        D, F, V = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
+        Q, G = SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
+        attention = D * (D + 2 * G * D // Q) + D * D
+        touched = multiplied = 0
+        for routing in ours.routings:
+            touched += attention + len(routing.expert_SK.unique()) * 3 * D * F
+            multiplied += rows * attention + routing.expert_SK.numel() * 3 * D * F
+        touched, multiplied = touched + V * D, multiplied + streams * V * D
+        return max(touched * dtype.itemsize / self.bandwidth, 2 * multiplied / self.speed)
+
+
+def memory(field: str) -> int:
+    """Bytes, as Linux counts them for this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def timed(function: Callable[[], object]) -> float:
     start = perf_counter()
     function()
     return perf_counter() - start
+
+
+def prefill(sides: Mapping[str, Side], tokens_BL: torch.Tensor, room: int) -> dict[str, float]:
+    """Median seconds of computing the prompts."""
+    times = [{name: timed(partial(side.start, tokens_BL, room)) for name, side in sides.items()} for _ in range(3)]
+    return {name: median(turn[name] for turn in times) for name in sides}
+
+
+def decode(sides: Mapping[str, Side], steps: int) -> dict[str, float]:
+    times = [{name: timed(side.step) for name, side in sides.items()} for _ in range(steps)]
+    return {name: median(turn[name] for turn in times) for name in sides}
+
+
+def shown(seconds: dict[str, float], tokens: int, floor: float) -> str:
+    """One row: tokens per second of both, their ratio, and ours as a share of the floor's."""
+    ours = seconds["ours"]
+    name, theirs = min((item for item in seconds.items() if item[0] != "ours"), key=lambda item: item[1])
+    row = f"{tokens / ours:>9.0f}{tokens / theirs:>9.0f} {name:<11}{theirs / ours:>6.2f}"
+    return row + f"{tokens / floor:>9.0f}{100 * floor / ours:>6.0f} %"
 
 
 def main() -> None:
@@ -103,27 +203,36 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
+    print(f"{args.dtype}, {args.threads} threads, prompts of {args.prompt} tokens, {args.steps} steps")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES)).to(dtype).save_pretrained(directory)
-        load = perf_counter()
         ours = Ours(directory, dtype)
-        print(f"ours loaded and packed in {perf_counter() - load:.1f} s; {args.dtype}, {args.threads} threads")
-        theirs = Theirs(directory, dtype)
-    room = args.prompt + args.steps + 1
-    print(f"{'':>8}{'prefill tok/s':>28}{'decode tok/s':>28}")
-    print(f"{'streams':>8}" + f"{'ours':>10}{'theirs':>10}{'ratio':>8}" * 2)
+        model = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=dtype)
+    machine = Machine.measured(dtype)
+    prompt_sides: dict[str, Side] = {"ours": ours} | {name: Theirs(model, name) for name in ("eager", "grouped_mm")}
+    step_sides = prompt_sides | {"batched_mm": Theirs(model, "batched_mm")}
+    room = args.prompt + args.steps + 2
+    print(f"{'':>15}{'tokens/s: ours':>18}   theirs{'ratio':>15}    floor  reached")
+    spent = {}
     for streams in (1, 8, 32):
         tokens_BL = torch.randint(0, SIZES["vocab_size"], (streams, args.prompt))
-        for side in (ours, theirs):  # once for caches and allocators
-            side.start(tokens_BL[:, :8], room)
-        prompt = [seconds(partial(side.start, tokens_BL, room)) for side in (ours, theirs)]
-        steps = [(seconds(ours.step), seconds(theirs.step)) for _ in range(args.steps)]
-        decode = [median(times) for times in zip(*steps, strict=True)]
-        row = f"{streams:>8}"
-        for tokens, (mine, other) in ((streams * args.prompt, prompt), (streams, decode)):
-            row += f"{tokens / mine:>10.0f}{tokens / other:>10.0f}{other / mine:>8.2f}"
-        print(row, flush=True)
+        for side in step_sides.values():  # once for caches and allocators
+            side.start(tokens_BL[:, :1], room)
+        seconds = prefill(prompt_sides, tokens_BL, room)
+        last = min(streams, max(1, STEP_TOKENS // args.prompt))
+        floor = machine.floor(ours, last * args.prompt, last, dtype) * streams / last
+        print(f"prefill {streams:>4}{shown(seconds, streams * args.prompt, floor)}", flush=True)
+        step_sides["batched_mm"].start(tokens_BL, room)
+        ours.spent.clear()
+        seconds = decode(step_sides, args.steps)
+        spent[streams] = dict(ours.spent)
+        floor = machine.floor(ours, streams, streams, dtype)
+        print(f"decode  {streams:>4}{shown(seconds, streams, floor)}", flush=True)
+    print("where a decode step's milliseconds go")
+    for streams, stages in spent.items():
+        parts = "  ".join(f"{stage} {1000 * time / args.steps:.2f}" for stage, time in stages.items())
+        print(f"{streams:>12}  {parts}")
 
 
 if __name__ == "__main__":
