@@ -1,6 +1,6 @@
-"""docs/openai.md: which fields of the generation routes do something here. Made from the request types themselves.
+"""The table of docs/openai.md: which fields of the generation routes do something here, from the request types.
 
-python -m deployments.field_table > docs/openai.md
+python -m deployments.field_table
 """
 
 from __future__ import annotations
@@ -11,12 +11,6 @@ from deployments.chat_protocol import ChatRequest
 from deployments.protocol import NOTHING_TO_DO, CompletionRequest, GenerationRequest
 
 HEADER = """\
-# The OpenAI API here
-
-`POST /v1/completions` and `POST /v1/chat/completions` take the fields below, and no others. A field is honoured,
-or accepted at the values at which it asks for nothing, or refused with a 400 that names it. `null` always means
-"not given".
-
 | field | completions | chat | notes |
 |---|---|---|---|
 """

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,7 +28,7 @@ from deployments.errors import invalid
 from deployments.prompts import Ids, Prompts, check_model
 from deployments.protocol import CompletionRequest, GenerationRequest
 from deployments.replies import Frame, Reply, Shown
-from deployments.sampling import sampling_params
+from deployments.sampling import fitting, sampling_params
 from deployments.serving import Service
 from deployments.streaming import EventStream, gather, sent_events
 from deployments.tasks import require
@@ -45,6 +45,7 @@ class Wanted:
     grammar: Grammar | None
     echo: bool = False
     continues_prompt: bool = False
+    calls: bool = False  # may be in the answer, behind a special token that must be in its text then
 
 
 class Generation:
@@ -85,26 +86,14 @@ class Generation:
             calls = CallsWanted(body.must_call, None if body.parallel_tool_calls else 1, body.names_a_tool)
             grammar = self._tool_grammar(body)
             prompt += self._prompts.marker() if body.must_call else []
-        wanted = Wanted([prompt], "messages", shown, grammar)
+        wanted = Wanted([prompt], "messages", shown, grammar, calls=calls is not None)
         reply = ChatReply(self._frame("chatcmpl", body), shown, self._prompts.tokenizer, calls)
-        return await self._answer(request, body, wanted, reply, show_special_tokens=calls is not None)
+        return await self._answer(request, body, wanted, reply)
 
-    async def _answer(
-        self,
-        request: Request,
-        body: GenerationRequest,
-        wanted: Wanted,
-        reply: Reply,
-        *,
-        show_special_tokens: bool = False,
-    ) -> Response:
-        """show_special_tokens: to us, who look for them in the text."""
+    async def _answer(self, request: Request, body: GenerationRequest, wanted: Wanted, reply: Reply) -> Response:
         service, record = self._service, record_of(request.scope)
-        show_special_tokens |= not body.skip_special_tokens
-        requests = [
-            self._engine_request(body, wanted, reply.id, index, prompt, record.key, show_special_tokens)
-            for index, prompt in enumerate(wanted.prompts)
-        ]
+        common = self._engine_request(body, wanted, reply.id, f"{record.key or ''}:{body.user}")
+        requests = [self._with_prompt(common, body, wanted, index) for index in range(len(wanted.prompts))]
         record.request_id = reply.id
         record.prompt_tokens = sum(len(each.prompt_ids) for each in requests)
         answers = run(service, requests)
@@ -120,35 +109,40 @@ class Generation:
             whole = await until_disconnect(request.receive, gather(reply, choices, record, answers))
         return JSONResponse(whole)
 
-    def _engine_request(
-        self,
-        body: GenerationRequest,
-        wanted: Wanted,
-        identity: str,
-        index: int,
-        prompt: Ids,
-        key: str | None,
-        show_special_tokens: bool,
-    ) -> messages.Request:
-        room = body.max_new_tokens or 1
-        prompt = self._prompts.check(prompt, wanted.source, room=room, truncate=body.truncate_prompt_tokens)
+    def _engine_request(self, body: GenerationRequest, wanted: Wanted, identity: str, user: str) -> messages.Request:
+        """What the requests of all prompts have in common."""
+        sampling = sampling_params(
+            body,
+            self._prompts,
+            wanted.grammar,
+            longest=self._service.engine.max_model_len,
+            show_special_tokens=wanted.calls or not body.skip_special_tokens,
+        )
         return messages.Request(
-            f"{identity}-{secrets.token_hex(4)}-{index}",  # a caller's request_id may come twice
-            tuple(prompt),
-            sampling_params(
-                body,
-                self._service.engine.max_model_len - len(prompt),
-                self._prompts,
-                wanted.grammar,
-                show_special_tokens=show_special_tokens,
-            ),
+            f"{identity}-{secrets.token_hex(4)}",  # a caller's request_id may come twice
+            (),
+            sampling,
             n=body.n,
             continues_prompt=wanted.continues_prompt,
             echo=wanted.echo,
             priority=body.priority,
-            user=f"{key or ''}:{body.user}",
+            user=user,
             cache_salt=body.cache_salt,
             deadline_s=time.monotonic() + self._service.live.limits.request_timeout_s,
+        )
+
+    def _with_prompt(
+        self, common: messages.Request, body: GenerationRequest, wanted: Wanted, index: int
+    ) -> messages.Request:
+        room = body.max_new_tokens or 1
+        prompt = self._prompts.check(
+            wanted.prompts[index], wanted.source, room=room, truncate=body.truncate_prompt_tokens
+        )
+        return replace(
+            common,
+            request_id=f"{common.request_id}-{index}",
+            prompt_ids=tuple(prompt),
+            sampling=fitting(common.sampling, self._service.engine.max_model_len - len(prompt)),
         )
 
     def _tool_grammar(self, body: ChatRequest) -> Grammar | None:

@@ -53,10 +53,11 @@ class Prompts:
 
     def marker_id(self) -> int | None:
         """The token that begins tool calls, where the model has one of its own for that."""
-        ids = self.tokenizer.encode(MARKER, add_special_tokens=False)
+        ids = self.marker()
         return ids[0] if len(ids) == 1 else None
 
     def marker(self) -> Ids:
+        """What a prompt ends with when a call must follow."""
         return self.tokenizer.encode(MARKER, add_special_tokens=False)
 
     def check(self, ids: Ids, source: str, *, room: int, truncate: int | None = None) -> Ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from cluster.messages import Grammar, SamplingParams
 from deployments.errors import invalid
@@ -11,15 +12,9 @@ from deployments.protocol import GenerationRequest
 
 
 def sampling_params(
-    body: GenerationRequest, room: int, prompts: Prompts, grammar: Grammar | None, *, show_special_tokens: bool
+    body: GenerationRequest, prompts: Prompts, grammar: Grammar | None, *, longest: int, show_special_tokens: bool
 ) -> SamplingParams:
-    """`room`: tokens that fit behind the prompt, at least one."""
-    max_tokens = room if body.max_new_tokens is None else min(room, body.max_new_tokens)
-    if body.min_tokens > max_tokens:
-        raise invalid(
-            f"min_tokens: {body.min_tokens} is more than the {max_tokens} tokens that this answer may have.",
-            "min_tokens",
-        )
+    """For every prompt of the body; `fitting` makes room for each of them."""
     biases = {int(token): bias for token, bias in body.logit_bias.items()}
     for name, ids in (
         ("stop_token_ids", body.stop_token_ids),
@@ -29,7 +24,7 @@ def sampling_params(
         prompts.check_ids(ids, name)
     echo = getattr(body, "echo", False)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=body.max_new_tokens or longest,
         min_tokens=body.min_tokens,
         temperature=body.temperature,
         top_k=max(0, body.top_k),
@@ -51,6 +46,17 @@ def sampling_params(
         logprobs=body.wanted_logprobs,
         prompt_logprobs=body.wanted_logprobs if echo and body.prompt_logprobs is None else body.prompt_logprobs,
     )
+
+
+def fitting(sampling: SamplingParams, room: int) -> SamplingParams:
+    """`room`: tokens that fit behind a prompt, at least one."""
+    max_tokens = min(room, sampling.max_tokens)
+    if sampling.min_tokens > max_tokens:
+        raise invalid(
+            f"min_tokens: {sampling.min_tokens} is more than the {max_tokens} tokens that this answer may have.",
+            "min_tokens",
+        )
+    return replace(sampling, max_tokens=max_tokens)
 
 
 def _bad_words(words: Iterable[str], prompts: Prompts) -> Iterable[tuple[int, ...]]:

@@ -75,19 +75,19 @@ def test_who_leaves_within_a_body_costs_nothing(server: Server) -> None:
 
 
 def test_who_reads_slowly_gets_everything(server: Server) -> None:
-    with connection(server, receive_buffer=2048) as client:
-        client.sendall(request(LONG))
+    with connection(server, receive_buffer=8192) as client:
+        client.sendall(request(LONG | {"max_tokens": 200}))
+        time.sleep(1)  # all of it is computed, and none of it read
         received = b""
         while b"data: [DONE]" not in received:
-            time.sleep(0.002)
-            part = client.recv(512)
+            part = client.recv(2048)
             assert part
             received += part
     assert received.count(b'"finish_reason":"length"') == 1
 
 
 def test_slow_readers_do_not_hold_up_others(server: Server) -> None:
-    with connection(server, receive_buffer=2048) as slow:
+    with connection(server, receive_buffer=8192) as slow:
         slow.sendall(request(LONG | {"n": 4}))
         with connection(server) as quick:
             quick.sendall(request(LONG | {"max_tokens": 5, "ignore_eos": False}))

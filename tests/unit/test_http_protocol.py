@@ -47,7 +47,7 @@ def test_every_official_field_is_known(official: Any, ours: type[Body]) -> None:
 
 
 def test_the_table_in_the_documentation_is_current() -> None:
-    assert Path("docs/openai.md").read_text() == markdown(), "python -m deployments.field_table > docs/openai.md"
+    assert markdown() in Path("docs/openai.md").read_text(), "put there what python -m deployments.field_table prints"
 
 
 @pytest.mark.parametrize(("path", "body", "kind"), ROUTES, ids=["completions", "chat"])
