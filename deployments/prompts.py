@@ -38,8 +38,10 @@ class Prompts:
     async def of_chat(
         self, conversation: Sequence[Message], tools: Sequence[Tool] = (), add_generation_prompt: bool = True
     ) -> list[int]:
-        if tools and not await asyncio.to_thread(self._template_knows_tools):
-            raise invalid("tools: the chat template of this model knows no tools; leave them out.", "tools")
+        needs_tools = bool(tools) or any(message.tool_calls for message in conversation)
+        if needs_tools and not await asyncio.to_thread(self._template_knows_tools):
+            source = "tools" if tools else "messages"
+            raise invalid(f"{source}: the chat template of this model knows no tools; leave them out.", source)
         turns = [message.for_template() for message in conversation]
         try:
             return await asyncio.to_thread(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import QueueFull
+from cluster.messages import TokenEvent
 from deployments import access_log
 from deployments.admission import Pace
 from deployments.settings import SettingsError
@@ -99,6 +100,19 @@ async def test_silence_before_the_first_token_is_waiting() -> None:
     limits = {"limits": {"idle_timeout_s": 0.01, "request_timeout_s": 0.1}}
     async with http(FakeEngine(silence), limits, keep_alive_s=0.005) as client:
         response = await client.post("/v1/completions", json=BODY)
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+
+
+async def test_silence_of_one_that_waits_while_others_are_done() -> None:
+    async def only_the_first(request: Any) -> Any:
+        if not request.request_id.endswith("-0"):
+            await asyncio.Event().wait()
+        yield TokenEvent(request.request_id, (10,), text="one")
+        yield TokenEvent(request.request_id, (11,), finish_reason="stop")
+
+    limits = {"limits": {"idle_timeout_s": 0.01, "request_timeout_s": 0.1}}
+    async with http(FakeEngine(only_the_first), limits, keep_alive_s=0.005) as client:
+        response = await client.post("/v1/completions", json=BODY | {"prompt": ["a", "b"]})
     assert response.json()["error"]["code"] == "deadline_exceeded"
 
 

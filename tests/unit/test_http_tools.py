@@ -234,6 +234,10 @@ async def test_a_template_without_tools_says_so() -> None:
     assert answer["error"]["param"] == "tools"
     assert "template of this model knows no tools" in answer["error"]["message"]
     assert (await ask(engine, tool_choice="none"))["object"] == "chat.completion"
+    call = {"id": "abcDEF123", "function": {"name": "weather", "arguments": "{}"}}
+    history = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "a"}]
+    answer = await ask(engine, tools=[], messages=history)
+    assert answer["error"]["param"] == "messages"  # what was called would be lost in silence
 
 
 async def test_the_history_holds_calls_and_results() -> None:
