@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.messages import TokenEvent
+from cluster.messages import TokenEvent, TokenLogprob
 from deployments.logprobs import CompletionLogprobs
 from deployments.replies import Choice, Frame, Json, Shown, merged_extras
 from deployments.serving import Tokenizer
@@ -40,10 +40,11 @@ class CompletionChoice:
         return [choice | extras]
 
     def _columns(self, event: TokenEvent, first: bool) -> Json | None:
-        token_ids, entries = list(event.token_ids), list(event.logprobs)
+        token_ids = list(event.token_ids)
+        entries: list[TokenLogprob | None] = list(event.logprobs)
         if first and self._shown.echo and event.prompt_logprobs is not None:
             token_ids = [*self._prompt_ids, *token_ids]
-            entries = [*event.prompt_logprobs, *entries]  # type: ignore[list-item]  # the first of a prompt is None
+            entries = [*event.prompt_logprobs, *entries]
         return self._logprobs.add(token_ids, entries) if token_ids else None
 
 
