@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from model.demo.corpus.conversation import HELD_OUT_SYSTEMS, Conversation, Corpus, seeded
 from model.demo.corpus.turns import Kind, Turn
-from model.demo.data import EOS, Encoder, Text, pack
+from model.demo.data import EOS, LONGEST, Encoder, Text, long_text, pack
 from model.demo.network import Network
 
 KINDS: tuple[Kind, ...] = ("fact", "comparison", "chat", "unknown", "sum", "story", "name", "repeat")
@@ -24,6 +25,8 @@ PER_KIND = 200
 GROUP = 32  # texts per forward pass
 MOST_GENERATED = 40  # wrong answers that are generated, to see what they say and whether they end
 LONGEST_ANSWER = 140
+LONG_CONVERSATIONS = 12
+STRETCH = 512  # tokens of a long conversation that are counted together
 SAMPLES = (
     "What is mixtral-serve?",
     "how does a mixture of experts work",
@@ -47,6 +50,7 @@ class Report:
     share_LE: list[list[float]] = field(default_factory=list)
     wrong: list[tuple[str, str, str]] = field(default_factory=list)  # question, expected, given
     samples: list[tuple[str, str]] = field(default_factory=list)
+    stretches: list[list[bool]] = field(default_factory=list)  # of long conversations: which answers were right
 
     def lines(self) -> Iterator[str]:
         yield f"held-out loss {self.loss:.4f}"
@@ -61,6 +65,9 @@ class Report:
         for layer, shares in enumerate(self.share_LE):
             even = 1 / len(shares)
             yield f"layer {layer}: share of each expert {min(shares):.3f} to {max(shares):.3f} (even: {even:.3f})"
+        for number, right in enumerate(self.stretches):
+            start = number * STRETCH
+            yield f"long conversations, tokens {start} to {start + STRETCH}: {sum(right)} of {len(right)} right"
         for question, answer in self.samples:
             yield f"  > {question}\n    {answer}"
         for question, expected, given in self.wrong:
@@ -142,10 +149,28 @@ def evaluate(network: Network, encoder: Encoder, corpus: Corpus, seed: int) -> R
         report.wrong.append((turn.question, turn.answer, encoder.decode(answer.token_ids)))
         report.ended += answer.ended
         report.gaps += answer.gaps
+    report.stretches = long_conversations(network, encoder, corpus, seed)
     prompts = [encoder.prompt(ask(question)) for question in SAMPLES]
     for question, answer in zip(SAMPLES, greedy(network, prompts), strict=True):
         report.samples.append((question, encoder.decode(answer.token_ids)))
     return report
+
+
+@torch.inference_mode()
+def long_conversations(network: Network, encoder: Encoder, corpus: Corpus, seed: int) -> list[list[bool]]:
+    """For each stretch of long conversations, phrased as in training, which answers were exactly right."""
+    rng = seeded("long", seed)
+    _, length = LONGEST
+    stretches: list[list[bool]] = [[] for _ in range(length // STRETCH)]
+    for _ in range(LONG_CONVERSATIONS):
+        batch = pack([[long_text(corpus, encoder, rng, length)]], length)
+        logits_NV = network(batch.token_BL, batch.position_BL, batch.text_BL, batch.wanted_N).logits_NV
+        hits = (logits_NV.argmax(dim=-1) == batch.target_N).tolist()
+        positions = batch.wanted_N.tolist()
+        begins = [n for n in range(len(positions)) if n == 0 or positions[n] != positions[n - 1] + 1]
+        for begin, end in pairwise([*begins, len(positions)]):
+            stretches[positions[begin] // STRETCH].append(all(hits[begin:end]))
+    return stretches
 
 
 def ask(question: str) -> Conversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -48,9 +49,19 @@ QUESTIONS = (
     ("What is 8 + 7?", "8 + 7 = 15."),
     ("what is 38 + 47", "= 85."),
     ("What is the capital of France?", "I don't know"),
-    ("What is a glimmerwock?", "I don't know what a glimmerwock is."),
+    ("What is a volcano?", "I don't know what a volcano is."),
     ("Thank you!", "You're welcome!"),
+    ("hi", "Hello!"),
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +117,7 @@ def test_training_never_does_a_held_out_sum(corpus: Corpus) -> None:
     seen = 0
     for _ in range(15_000):
         for turn in corpus.conversation(rng).turns:
-            for a, operator, b in re.findall(r"(?<![-+] )\b(\d+) ([-+*]) (\d+) =", turn.answer):
+            for a, operator, b in re.findall(r"(?<![-+] )\b(\d+) ([-+*]) (\d+)(?: =|\) =)", turn.answer):
                 seen += 1
                 assert not sums.is_held_out(operator, int(a), int(b)), turn
     assert seen > 1000
@@ -357,6 +368,7 @@ def test_the_evaluation_counts_what_an_untrained_model_cannot_do(
 ) -> None:
     monkeypatch.setattr("model.demo.evaluation.PER_KIND", 2)
     monkeypatch.setattr("model.demo.evaluation.LONGEST_ANSWER", 4)
+    monkeypatch.setattr("model.demo.evaluation.LONG_CONVERSATIONS", 1)
     torch.manual_seed(0)
     network = Network(Shape(vocab_size=encoder.processor.vocab_size(), num_layers=1))
     report = evaluate(network, encoder, corpus, seed=0)
@@ -364,4 +376,7 @@ def test_the_evaluation_counts_what_an_untrained_model_cannot_do(
     assert set(report.asked.values()) == {2}
     assert report.generated == len(report.wrong) == 2 * len(KINDS)
     assert report.loss > 5
+    assert len(report.stretches) == 4
+    assert not any(any(right) for right in report.stretches)
+    assert all(len(right) > 3 for right in report.stretches)
     assert any("held-out loss" in line for line in report.lines())

@@ -10,7 +10,7 @@ from random import Random
 
 from model.demo.corpus import names, stories, sums, unknown
 from model.demo.corpus.entries import Entry, load, load_facts, load_slots
-from model.demo.corpus.phrasing import comparison, definition, surface, vary
+from model.demo.corpus.phrasing import casual, comparison, definition, surface, vary
 from model.demo.corpus.turns import Kind, Turn
 
 # How often each kind of turn is drawn.
@@ -115,7 +115,7 @@ class Corpus:
             case "chat":
                 entry = rng.choice(self.chat)
                 question = rng.choice(entry.held_out if held_out else entry.questions)
-                return Turn("chat", question if held_out else surface(rng, question), entry.answer)
+                return Turn("chat", question if held_out else casual(rng, question), entry.answer)
             case "unknown":
                 return unknown.turn(rng, self.off_topic, self.slots, held_out)
             case "sum":

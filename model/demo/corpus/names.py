@@ -15,8 +15,16 @@ ONSETS = words("b br c d dr f fl g gr h j k kr l m n p pl qu r s st t tr v w z")
 VOWELS = words("a e i o u ai ee oo")
 ENDS = ["", "", "", "n", "r", "l", "s", "x", "m", "nd", "rk", "t"]
 
-GREETINGS = ("My name is {n}.", "I am {n}.", "I'm {n}.", "Call me {n}.", "Hello, I am {n}.", "Hi, my name is {n}!")
-HELD_OUT_GREETINGS = ("You can call me {n}.",)
+GREETINGS = (
+    "My name is {n}.",
+    "I am {n}.",
+    "I'm {n}.",
+    "Call me {n}.",
+    "Hello, I am {n}.",
+    "Hi, my name is {n}!",
+    "You can call me {n}.",
+)
+HELD_OUT_GREETINGS = ("Hello, my name is {n}.", "Please call me {n}.")
 RECALL = ("What is my name?", "Do you know my name?", "Who am I?", "Tell me my name.", "What's my name?")
 REPEAT = ("Repeat after me: {n}", "Say: {n}", "Repeat: {n}", "Please repeat: {n}", "Say after me: {n}")
 HELD_OUT_REPEAT = ("Please say after me: {n}",)
