@@ -6,6 +6,7 @@ A server takes seconds to start, so each kind is started once for all files.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,9 @@ def access_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """A shell starts what runs in its background with Ctrl-C ignored, and so would be every server started here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
