@@ -1,9 +1,10 @@
 """Prompt and decode speed of the model alone, beside transformers with the same weights, in one run.
 
-    python -m tests.bench.model_speed [--threads 2] [--prompt 128] [--steps 32] [--dtype bfloat16]
+    python -m tests.bench.model_speed [--threads 2] [--prompt 128] [--steps 32] [--dtype bfloat16] [--cpu-time]
 
 Random weights of a middle size (791 M parameters, 230 M active). Medians, ours and theirs by turns, so that a busy
-machine is unfair to both alike. Theirs is the fastest of transformers' implementations of experts, each time anew.
+machine is unfair to both alike; one that has other work to do is best measured with --cpu-time. Theirs is the fastest
+of transformers' implementations of experts, each time anew.
 
 The floor is what the machine could do at best, as measured in the same run: every byte of the weights that a step
 touches read once, and every multiplication of their elements done, at full speed and at the same time.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Protocol
 
 import torch
@@ -35,6 +36,8 @@ from model.mixtral import Mixtral
 from model.moe import Routing
 from model.shard import Shard
 from model.stages import Stage, Stages
+
+Clock = Callable[[], float]
 
 PAGE = 16
 STEP_TOKENS = 2048  # as the server steps by default
@@ -134,12 +137,12 @@ class Machine:
     speed: float
 
     @classmethod
-    def measured(cls, dtype: torch.dtype) -> Machine:
+    def measured(cls, dtype: torch.dtype, clock: Clock) -> Machine:
         much = torch.ones(1 << 28)  # 1 GiB: no cache holds it
-        bandwidth = much.nbytes / median(timed(much.sum) for _ in range(5))
+        bandwidth = much.nbytes / median(timed(much.sum, clock) for _ in range(5))
         N = 4096
         linear, x_NN = Linear(torch.ones(N, N, dtype=dtype)), torch.ones(N, N, dtype=dtype)
-        speed = 2 * N**3 / median(timed(partial(linear, x_NN)) for _ in range(5))
+        speed = 2 * N**3 / median(timed(partial(linear, x_NN), clock) for _ in range(5))
         print(f"here {bandwidth / 1e9:.0f} GB/s are read and {speed / 1e9:.0f} GFLOP/s multiplied at best")
         return cls(bandwidth, speed)
 
@@ -166,21 +169,16 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = perf_counter()
+def timed(function: Callable[[], object], clock: Clock) -> float:
+    start = clock()
     function()
-    return perf_counter() - start
+    return clock() - start
 
 
-def prefill(sides: Mapping[str, Side], tokens_BL: torch.Tensor, room: int) -> dict[str, float]:
-    """Median seconds of computing the prompts."""
-    times = [{name: timed(partial(side.start, tokens_BL, room)) for name, side in sides.items()} for _ in range(3)]
-    return {name: median(turn[name] for turn in times) for name in sides}
-
-
-def decode(sides: Mapping[str, Side], steps: int) -> dict[str, float]:
-    times = [{name: timed(side.step) for name, side in sides.items()} for _ in range(steps)]
-    return {name: median(turn[name] for turn in times) for name in sides}
+def medians(work: Mapping[str, Callable[[], None]], turns: int, clock: Clock) -> dict[str, float]:
+    """Seconds of each side's work, by turns."""
+    times = [{name: timed(function, clock) for name, function in work.items()} for _ in range(turns)]
+    return {name: median(turn[name] for turn in times) for name in work}
 
 
 def shown(seconds: dict[str, float], tokens: int, floor: float) -> str:
@@ -197,41 +195,49 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time, of one thread")
     args = parser.parse_args()
+    clock, args.threads = (process_time, 1) if args.cpu_time else (perf_counter, args.threads)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype)
-    print(f"{args.dtype}, {args.threads} threads, prompts of {args.prompt} tokens, {args.steps} steps")
+    print(
+        f"{args.dtype}, {args.threads} threads, {clock.__name__}, prompts of {args.prompt} tokens, {args.steps} steps"
+    )
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES)).to(dtype).save_pretrained(directory)
         ours = Ours(directory, dtype)
         model = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=dtype)
-    machine = Machine.measured(dtype)
+    machine = Machine.measured(dtype, clock)
     prompt_sides: dict[str, Side] = {"ours": ours} | {name: Theirs(model, name) for name in ("eager", "grouped_mm")}
-    step_sides = prompt_sides | {"batched_mm": Theirs(model, "batched_mm")}
+    batched = Theirs(model, "batched_mm")
     room = args.prompt + args.steps + 2
     print(f"{'':>15}{'tokens/s: ours':>18}   theirs{'ratio':>15}    floor  reached")
     spent = {}
     for streams in (1, 8, 32):
         tokens_BL = torch.randint(0, SIZES["vocab_size"], (streams, args.prompt))
+        # batched_mm copies the weights of every row's experts: not worth trying for many.
+        step_sides = prompt_sides | ({"batched_mm": batched} if streams == 1 else {})
         for side in step_sides.values():  # once for caches and allocators
             side.start(tokens_BL[:, :1], room)
-        seconds = prefill(prompt_sides, tokens_BL, room)
+        prompts = {name: partial(side.start, tokens_BL, room) for name, side in prompt_sides.items()}
+        seconds = medians(prompts, 3, clock)
         last = min(streams, max(1, STEP_TOKENS // args.prompt))
         floor = machine.floor(ours, last * args.prompt, last, dtype) * streams / last
         print(f"prefill {streams:>4}{shown(seconds, streams * args.prompt, floor)}", flush=True)
-        step_sides["batched_mm"].start(tokens_BL, room)
+        if streams == 1:
+            batched.start(tokens_BL, room)
         ours.spent.clear()
-        seconds = decode(step_sides, args.steps)
+        seconds = medians({name: side.step for name, side in step_sides.items()}, args.steps, clock)
         spent[streams] = dict(ours.spent)
         floor = machine.floor(ours, streams, streams, dtype)
         print(f"decode  {streams:>4}{shown(seconds, streams, floor)}", flush=True)
-    print("where a decode step's milliseconds go")
+    print("where a decode step's time goes, in percent")
     for streams, stages in spent.items():
-        parts = "  ".join(f"{stage} {1000 * time / args.steps:.2f}" for stage, time in stages.items())
+        parts = "  ".join(f"{stage} {100 * time / sum(stages.values()):.1f}" for stage, time in stages.items())
         print(f"{streams:>12}  {parts}")
 
 
