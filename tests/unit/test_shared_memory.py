@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -45,7 +46,10 @@ def test_a_transposed_row_is_gathered() -> None:
 
 
 def test_an_abort_ends_every_wait() -> None:
+    all_met = threading.Barrier(2)  # a rank that is still on its way in would hear of the abort there
+
     def aborted(comm: SharedMemoryComm) -> str:
+        all_met.wait(timeout=10)
         if comm.rank == 0:
             comm.abort()
         with pytest.raises(PeerLost, match="aborted"):
