@@ -15,10 +15,25 @@ ExchangeChoice = Literal["auto", "all_to_all", "all_reduce"]
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    tensor: int = 1
+    """rank = data group * tensor + place in the tensor group."""
+
+    tensor: int = 1  # ranks that share one sequence's attention
+    data: int = 1  # groups of such ranks, each with sequences of its own
+    expert: int | None = None  # ranks over which whole experts are spread; None: all
     exchange: ExchangeChoice = "auto"
+    spare_slots: int = 0  # on each rank, for replicas of hot experts
+    standby: int = 0  # warm spare processes
     cpus_per_rank: float = 0.0  # what each rank asks of Ray
     threads_per_rank: int = 1  # torch threads; the worker sets them, OMP_NUM_THREADS is never believed
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.data
+
+    @property
+    def expert_slices(self) -> int:
+        """Parts each expert is cut into; ranks r * slices .. r * slices + slices - 1 hold the parts of one slot."""
+        return self.ranks // (self.expert or self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

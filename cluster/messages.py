@@ -16,6 +16,7 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 Exchange = Literal["none", "all_to_all", "all_reduce"]
 Pooling = Literal["last", "mean", "all"]
+Routing = tuple[tuple[tuple[int, float], ...], ...]  # of one token: per layer, (expert, weight), best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     logprobs: int | None = None  # of every sampled token, with so many likeliest beside it; None: none
     prompt_logprobs: int | None = None  # likewise of every prompt token but the first
+    return_routing: bool = False  # with every sampled token, the experts of the row it was sampled from
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,9 @@ class TokenEvent:
     stop_reason: str | int | None = None  # with "stop": the stop string or stop token id; None: end of sequence
     error: str | None = None  # with "error": one sentence for the caller
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache; set on the first event of choice 0
+    waited_s: float | None = None  # from arrival to the first step; set on the first event of choice 0
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each of token_ids, if asked for
+    routing: tuple[Routing, ...] = ()  # one for each of token_ids, if asked for
     # With the first event of choice 0, if asked for: one for each prompt token; None for the first.
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
@@ -127,6 +131,7 @@ class SequenceStart:
     num_prompt: int  # of these
     sampling: SamplingParams | None = None  # seed already drawn; None: nothing is sampled
     pooling: Pooling | None = None  # what is wanted of a sequence that is not sampled
+    group: int = 0  # the data group that computes it, for as long as it holds pages there
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +160,14 @@ class StepPlan:
     """One step of all ranks of a group. Filled by the scheduler; the exchange by the engine's rule."""
 
     step: int  # counts up by one per step; a rank refuses a gap
-    chunks: tuple[SequenceChunk, ...]  # in this order on every rank
+    chunks: tuple[SequenceChunk, ...]  # in this order on every rank; those of group 0 first, then of group 1, ...
     starts: tuple[SequenceStart, ...] = ()  # sequences that appear for the first time
     releases: tuple[int, ...] = ()  # sequences to forget, before the starts
     exchange: Exchange = "none"
+    group_tokens: tuple[int, ...] = ()  # tokens of each data group, an idle one's 0; empty: there is one group
+    placement: int = 0  # number of the expert placement that this step uses; the ranks were given it before
+    report_load: bool = False  # the result says how many rows each slot has computed since the last report
+    canary: bool = False  # no chunks: made-up rows through every slot and collective, compared with a known answer
 
     @property
     def num_tokens(self) -> int:
@@ -184,7 +193,10 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave. Filled by rank 0 of the tensor group."""
+    """What a step gave. Filled by rank 0 of each tensor group for its own sequences, made one by the worker group.
+
+    The other ranks fill step, times and slot_rows alone.
+    """
 
     step: int
     seqs: tuple[int, ...]  # the sequences that were sampled, in plan order
@@ -195,6 +207,10 @@ class StepResult:
     # Rows of this step's tokens where all are wanted, else the one row of a sequence that is complete.
     pooled: dict[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # sequences that cannot go on, and why; the others can
+    routing: dict[int, Routing] = field(default_factory=dict)  # of sampled sequences that asked
+    # If the plan wants the load: per layer, rows of every slot since the last report. Of a rank: its own slots; of the
+    # group: all slots, rank by rank.
+    slot_rows: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +234,7 @@ class RankStatus:
     pid: int
     node: str
     device: str
-    state: Literal["loading", "ready", "dead"]
+    state: Literal["loading", "ready", "frozen", "dead"]
     last_step_age_s: float | None  # None: no step yet
 
 
@@ -235,3 +251,18 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     recoveries: int = 0  # times the ranks were formed anew after a death
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsStatus:
+    """Where the experts are and how much each is used. Filled by Engine.experts()."""
+
+    placement: int  # its number: counts up with every change
+    slices: int  # parts each expert is cut into; the ranks of one slot hold one part each
+    ranks: tuple[tuple[tuple[int, ...], ...], ...]  # per layer and expert, the ranks that hold it
+    load: tuple[
+        tuple[float, ...], ...
+    ]  # per layer and expert, its share of all rows lately; a layer sums to 1, or to 0
+    # Per layer, rows of the busiest rank over the mean of all ranks lately; 1: even.
+    imbalance: tuple[float, ...]

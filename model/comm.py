@@ -7,6 +7,7 @@ The model knows neither processes nor devices; whoever runs several ranks (clust
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -57,6 +58,14 @@ class SoloComm:
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return x
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The two groups a rank belongs to; the same object twice where there is one data group."""
+
+    world: Comm  # all ranks: they exchange rows of experts
+    tensor: Comm  # the ranks that share this rank's sequences: attention, vocabulary, sampled ids
 
 
 def split_rows(total: int, parts: int) -> list[int]:
