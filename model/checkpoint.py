@@ -4,9 +4,9 @@
 
 What lies in the files: checkpoint_files.py.
 
-A rank asks its files for no byte that it does not hold. Rows of a matrix are one read. The columns that tensor
-parallelism cuts out of attention's output projection are a short read per row, for every rank anew; what two ranks of
-a node both touch comes from its page cache.
+A rank asks its files for no byte that it does not hold. Rows of a matrix are one read. Columns (of attention's output
+projection under tensor parallelism, of down where experts are sliced) are a short read per row, for every rank anew;
+what two ranks of a node both touch is read from disk once and comes from its page cache.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def load_weights(
     """
     # Refuses an impossible layout before any file is opened.
     queries, keys = (scaled(heads, config.head_dim) for heads in config.head_slices(shard))
+    ffn = shard.ffn_rows(config.intermediate_size)
     vocabulary = split_rows(config.vocab_size, shard.tensor_size)
     first_token = sum(vocabulary[: shard.tensor_rank])
     tokens = range(first_token, first_token + vocabulary[shard.tensor_rank])
     with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(READERS) as pool:
         loader = Loader(checkpoint, pool, dtype, device, check_finite=check_finite)
         experts = [shard.experts(layer, config.num_local_experts) for layer in range(config.num_hidden_layers)]
-        blocks = [loader.block(layer, queries, keys, held) for layer, held in enumerate(experts)]
+        blocks = [loader.block(layer, queries, keys, ffn, held) for layer, held in enumerate(experts)]
         embedding = loader.matrix(Piece(Matrix("embedding"), rows=tokens))
         norm = loader.vector(Piece(Matrix("norm")))
         head = loader.linear(head_piece(config, tokens)) if config.has_head else None
@@ -116,8 +117,10 @@ class Loader:
         self._bytes[future] = sum(map(self._checkpoint.bytes_of, pieces))
         return future
 
-    def block(self, layer: int, queries: range, keys: range, experts: tuple[int, ...]) -> Callable[[], BlockWeights]:
-        """What to call for the block once everything has been read. Queries and keys: rows of their projections."""
+    def block(
+        self, layer: int, queries: range, keys: range, ffn: range, experts: tuple[int, ...]
+    ) -> Callable[[], BlockWeights]:
+        """What to call for the block once everything has been read. Queries, keys, ffn: rows of their projections."""
         attention_norm = self.vector(Piece(Matrix("attention_norm", layer)))
         qkv = self.linear(
             Piece(Matrix("q", layer), rows=queries),
@@ -129,8 +132,10 @@ class Loader:
         router = self.matrix(Piece(Matrix("router", layer)))
         slots = [
             (
-                self.linear(Piece(Matrix("gate", layer, expert)), Piece(Matrix("up", layer, expert))),
-                self.linear(Piece(Matrix("down", layer, expert))),
+                self.linear(
+                    Piece(Matrix("gate", layer, expert), rows=ffn), Piece(Matrix("up", layer, expert), rows=ffn)
+                ),
+                self.linear(Piece(Matrix("down", layer, expert), columns=ffn)),
             )
             for expert in experts
         ]

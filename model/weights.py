@@ -1,7 +1,7 @@
 """One rank's tensors, ready to multiply. checkpoint.py makes them; the blocks read their own sizes from them.
 
-D: model width.  V: this rank's rows of the vocabulary.  E: all experts.  F: ffn width.  H, G: this rank's query and
-key-value heads.  C: head_dim.
+D: model width.  V: this rank's rows of the vocabulary.  E: all experts.  F: this rank's slice of the ffn width.
+H, G: this rank's query and key-value heads.  C: head_dim.
 """
 
 from __future__ import annotations

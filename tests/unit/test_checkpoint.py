@@ -15,6 +15,7 @@ from torch import Tensor
 from model.checkpoint import load_weights
 from model.config import MixtralConfig, load_config
 from model.errors import CheckpointError, ConfigError
+from model.moe import run_experts
 from model.shard import Shard
 from tests.checkpoints import (
     CPU,
@@ -26,6 +27,8 @@ from tests.checkpoints import (
     head_of,
     load,
     mistral,
+    stacked,
+    write_params,
 )
 from tests.tiny import CONFIG, weights, write_checkpoint
 
@@ -71,7 +74,9 @@ def test_a_rank_reads_its_share_and_no_more(
     directory = write_checkpoint(tmp_path)
     save_file(rewrite(weights(CONFIG)), directory / "model.safetensors")
     total = sum(x.nbytes for x in weights(CONFIG).values())
-    slots = [((0, 1), (0, 1)), ((2, 3), (2, 3))]
+    half, all_experts = ((0, 1), (0, 1)), ((0, 1, 2, 3), (0, 1, 2, 3))
+    shards = [Shard(0, 2, half), Shard(1, 2, ((2, 3), (2, 3)))]
+    shards += [Shard(rank, 2, all_experts, expert_slice=rank, expert_slices=2) for rank in range(2)]
     requested = 0
     pread = os.preadv
 
@@ -82,13 +87,13 @@ def test_a_rank_reads_its_share_and_no_more(
 
     monkeypatch.setattr("model.tensor_files.os.preadv", counting)
     heard: list[tuple[int, int]] = []
-    for rank in range(2):
+    for shard in shards:
         requested = 0
         heard.clear()
         load_weights(
             directory,
             load_config(directory),
-            Shard(rank, 2, slots[rank]),
+            shard,
             dtype=torch.float32,
             device=CPU,
             progress=lambda *told: heard.append(told),
@@ -98,6 +103,32 @@ def test_a_rank_reads_its_share_and_no_more(
         assert requested == pytest.approx(total / 2, rel=0.01 + copies / total)
         assert heard[-1] == (requested, requested)
         assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+
+
+@pytest.mark.parametrize("rewrite", [dict, fused, mistral, stacked])
+@pytest.mark.parametrize("slices", [2, 5])
+def test_slices_of_an_expert_add_up_to_it(
+    tmp_path: Path, rewrite: Callable[[dict[str, Tensor]], dict[str, Tensor]], slices: int
+) -> None:
+    """F is 96: five slices are uneven."""
+    if rewrite in (mistral, stacked):
+        write_params(tmp_path)
+        save_file(rewrite(weights(CONFIG)), tmp_path / "consolidated.safetensors")
+    else:
+        save_file(rewrite(weights(CONFIG)), write_checkpoint(tmp_path) / "model.safetensors")
+    slots = ((0, 3), (2, 1))
+    whole = load(tmp_path, Shard(slots=slots))
+    parts = [load(tmp_path, Shard(slots=slots, expert_slice=part, expert_slices=slices)) for part in range(slices)]
+    x_ND = torch.randn(10, CONFIG["hidden_size"], generator=torch.Generator().manual_seed(slices))
+    for layer, block in enumerate(whole.blocks):
+        for slot, expert in enumerate(block.experts):
+            held = [part.blocks[layer].experts[slot] for part in parts]
+            gates, ups = zip(*(part.gate_up.weight_OI.chunk(2) for part in held), strict=True)
+            assert torch.equal(torch.cat((*gates, *ups)), expert.gate_up.weight_OI)
+            assert torch.equal(torch.cat([part.down.weight_OI for part in held], dim=1), expert.down.weight_OI)
+        expected = run_experts(x_ND, (4, 6), block.experts)
+        found = sum(run_experts(x_ND, (4, 6), part.blocks[layer].experts) for part in parts)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("size", "heads", "kv_heads"), [(3, 4, 2), (4, 12, 6), (8, 4, 2)])
