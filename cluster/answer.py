@@ -43,8 +43,12 @@ class Answers:
 
     def _text(self) -> AnswerText:
         sampling = self._request.sampling
-        before = self._request.prompt_ids if self._request.continues_prompt else ()
-        decoder = self._tokenizer.incremental(before, skip_special_tokens=sampling.skip_special_tokens)
+        continues = self._request.continues_prompt
+        decoder = self._tokenizer.incremental(
+            self._request.prompt_ids if continues else (),
+            skip_special_tokens=sampling.skip_special_tokens,
+            opens_message=not continues,
+        )
         return AnswerText(decoder, sampling.stop, include_stop=sampling.include_stop_str_in_output)
 
     def _decode(self, text: AnswerText, event: TokenEvent) -> tuple[str, str | None]:

@@ -46,11 +46,16 @@ class IncrementalDecoder:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+        self,
+        vocabulary: Vocabulary,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        opens_message: bool = False,
     ) -> None:
         self._vocabulary = vocabulary
         self._skip_special_tokens = skip_special_tokens
-        self._at_start = vocabulary.strips_leading_space  # no byte of the text seen yet
+        # No byte of the text seen yet, and a space there is not part of it.
+        self._at_start = opens_message or vocabulary.strips_leading_space
         self._pending = b""
         self._read_prompt(prompt_ids)
 

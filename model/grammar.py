@@ -76,7 +76,6 @@ class GrammarCompiler:
         self._markers = frozenset(i for i in special if vocabulary.token_bytes[i] in _MARKERS)
         texts = _token_texts(vocabulary, eos, vocab_size)
         self._in_answers = InAnswers.of(texts, eos | self._markers)
-        self._strips_leading_space = vocabulary.strips_leading_space
         self._max_cached = max_cached
         self._compiled: OrderedDict[tuple[GrammarKind, str, bool], CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
@@ -86,10 +85,10 @@ class GrammarCompiler:
     def compile(self, kind: GrammarKind, text: str, *, opens_text: bool = False) -> CompiledGrammar:
         """A grammar of the whole answer, ready for use, or GrammarError.
 
-        opens_text: the answer is a text of its own, not one that goes on from the prompt's. Its first word's leading
-        space is then no part of it (detokenizer.py), so it is allowed in front of what matches.
+        opens_text: the answer is a message, not a text that goes on from the prompt's. Its first word's leading space
+        is then no part of it (detokenizer.py), so it is allowed in front of what matches.
         """
-        key = (kind, text, opens_text and self._strips_leading_space)
+        key = (kind, text, opens_text)
         if (known := self._cached(key)) is not None:
             return known
         with self._compiling:  # one at a time, so that many do not take every core

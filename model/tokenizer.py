@@ -76,15 +76,17 @@ class Tokenizer:
         decoder = self.incremental(skip_special_tokens=skip_special_tokens)
         return decoder.push(ids) + decoder.flush()
 
-    def incremental(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> IncrementalDecoder:
+    def incremental(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True, opens_message: bool = False
+    ) -> IncrementalDecoder:
         """Decodes what follows a prompt; without one, a text of its own, without its first word's leading space.
 
         A completion continues its prompt's text: give the prompt ("The capital is" + " Paris"). An assistant's
-        message is a text of its own, and its first word's space belongs to the tokenizer, not to the message: give
-        none, and "Paris" comes without it, as transformers decodes generated ids and as it must read when the
-        message is sent back as history.
+        message is a text of its own, and its first word's space belongs to the tokenizer or to the template
+        ("[/INST] Paris"), not to the message: give none, and with opens_message "Paris" comes without it, whichever
+        of the two it is. Both write it again when the message is sent back as history.
         """
-        return IncrementalDecoder(self._vocabulary, prompt_ids, skip_special_tokens)
+        return IncrementalDecoder(self._vocabulary, prompt_ids, skip_special_tokens, opens_message)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; of a special token, its name; nothing of an id the tokenizer does not have."""

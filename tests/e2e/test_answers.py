@@ -15,7 +15,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.e2e.in_process import application
+from tests.e2e.in_process import application, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -60,12 +60,6 @@ async def chat(http: httpx.AsyncClient, **fields: Any) -> Any:
     response = await http.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json() if not fields.get("stream") else streamed(response.text)
-
-
-def streamed(text: str) -> list[Any]:
-    *events, done = [event for event in text.removesuffix("\n\n").split("\n\n") if not event.startswith(":")]
-    assert done == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def merged(chunks: list[Any], field: str, n: int) -> list[Any]:

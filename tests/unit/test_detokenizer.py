@@ -111,6 +111,23 @@ def test_the_words_of_a_chat_and_of_a_completion() -> None:
     assert IncrementalDecoder(vocabulary, skip_special_tokens=False).push([0, 1]) == "<s> The"
 
 
+@pytest.mark.parametrize("by_the_tokenizer", [True, False])
+def test_a_message_begins_without_the_one_space_before_it(by_the_tokenizer: bool) -> None:
+    """Whether the tokenizer put it there, or the template that the model learnt from."""
+    vocabulary = Vocabulary((b"<s>", b" The", b" ", b"\xe4"), frozenset({0}), by_the_tokenizer, True)
+
+    def shown(*ids: int, skip_special_tokens: bool = True) -> str:
+        decoder = IncrementalDecoder(vocabulary, (), skip_special_tokens, opens_message=True)
+        return "".join(decoder.push([i]) for i in ids) + decoder.flush()
+
+    assert shown(1, 1) == "The The"
+    assert shown(2, 1) == " The"
+    assert shown(0, 1) == "The"
+    assert shown(0, 1, skip_special_tokens=False) == "<s> The"
+    assert shown(3, 1) == "\ufffd The"
+    assert shown(2) == ""
+
+
 @pytest.mark.parametrize(
     ("data", "text", "held"),
     [

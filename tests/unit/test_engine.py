@@ -32,7 +32,10 @@ class LetterTokenizer:
     def __init__(self) -> None:
         self.decoded_after: list[tuple[int, ...]] = []
 
-    def incremental(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> LetterTokenizer:
+    def incremental(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True, opens_message: bool = False
+    ) -> LetterTokenizer:
+        assert opens_message is not bool(prompt_ids)
         self.decoded_after.append(tuple(prompt_ids))
         return self
 
