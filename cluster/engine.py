@@ -30,6 +30,7 @@ from cluster.messages import (
     Request,
     TokenEvent,
 )
+from cluster.observer import Observer, Silence
 from cluster.scheduler import Event, Scheduler
 from cluster.worker_group import WorkerGroup
 from model.config import Architecture, MixtralConfig
@@ -58,6 +59,7 @@ class Engine:
         num_pages: int,
         max_model_len: int,
         tokenizer: Tokenizer,
+        observer: Observer | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._model = model
@@ -76,7 +78,9 @@ class Engine:
         self._counter = itertools.count()
         self._event_loop = asyncio.get_running_loop()
         self._draining = False
-        self._loop = EngineLoop(self._scheduler, group, config.parallel, self._publish)
+        self._loop = EngineLoop(
+            self._scheduler, group, config.parallel, self._publish, self.stats, observer or Silence()
+        )
 
     @property
     def task(self) -> Task:

@@ -21,7 +21,8 @@ from time import monotonic
 from cluster.config import ParallelConfig
 from cluster.errors import StepFailed
 from cluster.exchange_rule import choose_exchange
-from cluster.messages import EncodeRequest, Request, StepPlan, TokenEvent
+from cluster.messages import EncodeRequest, EngineStats, Request, StepPlan, TokenEvent
+from cluster.observer import FailureCause, Observer, StepRecord
 from cluster.scheduler import Event, Scheduler
 from cluster.worker_group import PendingStep, WorkerGroup
 
@@ -48,9 +49,20 @@ class Abort:
 class Died:
     reason: str
     epoch: int
+    cause: FailureCause = "died"
 
 
 Command = Add | Abort | Died | None  # None ends the loop
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A step that the ranks have been given, and when."""
+
+    plan: StepPlan
+    pending: PendingStep
+    schedule_s: float
+    handed_out: float
 
 
 class EngineLoop:
@@ -62,11 +74,15 @@ class EngineLoop:
         group: WorkerGroup,
         parallel: ParallelConfig,
         publish: Callable[[Sequence[Event]], None],  # called on this thread, at most once per step
+        stats: Callable[[], EngineStats],
+        observer: Observer,
     ) -> None:
         self._scheduler = scheduler
         self._group = group
         self._parallel = parallel
         self._publish = publish
+        self._stats = stats
+        self._observer = observer
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._fruitless = 0
         self._checked = monotonic()
@@ -102,22 +118,49 @@ class EngineLoop:
 
     def _work(self) -> bool:
         """The loop. True: it was told to end. False: the ranks have to be formed anew."""
-        under_way: deque[tuple[StepPlan, PendingStep]] = deque()
+        under_way: deque[_UnderWay] = deque()
         try:
             while self._take_commands(wait=self._idle(under_way)):
                 self._send(self._scheduler.expire(monotonic()))
+                began = monotonic()
                 plan = self._scheduler.schedule()
                 if plan is not None:
                     plan = replace(plan, exchange=choose_exchange(self._parallel, plan.num_tokens))
-                    under_way.append((plan, self._group.step(plan)))
+                    planned = monotonic()
+                    under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
                 if len(under_way) > STEPS_AHEAD or (plan is None and under_way):
-                    plan, pending = under_way.popleft()
-                    self._send(self._scheduler.postprocess(plan, pending.result()))
-                    self._fruitless = 0
+                    self._finish(under_way.popleft())
         except StepFailed as failure:
             log.error("%s; the ranks are formed anew", failure)
+            self._observer.rank_failed(failure.cause)
             return False
         return True
+
+    def _finish(self, step: _UnderWay) -> None:
+        """Wait for a step, take in what it gave, tell everybody."""
+        result = step.pending.result()
+        done = monotonic()
+        events = self._scheduler.postprocess(step.plan, result)
+        self._fruitless = 0
+        taken = monotonic()
+        self._send(events)
+        published = monotonic()
+        decodes = sum(len(chunk.token_ids) == 1 for chunk in step.plan.chunks)
+        self._observer.step(
+            StepRecord(
+                prompt_tokens=step.plan.num_tokens - decodes,
+                decode_tokens=decodes,
+                sequences=len(step.plan.chunks),
+                exchange=step.plan.exchange,
+                schedule_s=step.schedule_s,
+                step_s=done - step.handed_out,
+                postprocess_s=taken - done,
+                publish_s=published - taken,
+                ranks=result.times,
+                stats=self._stats(),
+                slot_rows=result.slot_rows,
+            )
+        )
 
     def _recover(self) -> None:
         """Bring the ranks back; every sequence goes on from the tokens it has. Callers see a pause."""
@@ -136,7 +179,9 @@ class EngineLoop:
                     raise
         if self._fruitless > MAX_FRUITLESS:
             raise StepFailed(f"{MAX_FRUITLESS} recoveries in a row have not led to a completed step")
-        log.info("recovery %d took %.2f s", self.recoveries, monotonic() - began)
+        pause = monotonic() - began
+        log.info("recovery %d took %.2f s", self.recoveries, pause)
+        self._observer.recovered(pause)
         self.recovering = False
 
     def _idle(self, under_way: Collection[object]) -> bool:
@@ -157,9 +202,9 @@ class EngineLoop:
                 case Abort(key, choice):
                     if self._scheduler.abort(key, choice) and choice is None:
                         self._send([TokenEvent(key, (), finish_reason="abort")])
-                case Died(reason, epoch):
+                case Died(reason, epoch, cause):
                     if epoch == self._group.epoch:  # else that death has been dealt with
-                        raise StepFailed(reason)
+                        raise StepFailed(reason, cause)
                 case None:
                     return False
             wait = False

@@ -11,6 +11,8 @@ EngineError (RuntimeError)
 
 from __future__ import annotations
 
+from cluster.observer import FailureCause
+
 
 class EngineError(RuntimeError):
     pass
@@ -39,4 +41,9 @@ class RequestInvalid(EngineError):
 
 
 class StepFailed(EngineError):
-    pass
+    def __init__(self, message: str, cause: FailureCause = "step_failed") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[StepFailed], tuple[str, FailureCause]]:
+        return StepFailed, (str(self), self.cause)  # it comes from ranks, pickled

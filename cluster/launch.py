@@ -12,6 +12,7 @@ from cluster.config import EngineConfig
 from cluster.engine import Engine
 from cluster.in_process_group import InProcessGroup
 from cluster.memory import held_at_once
+from cluster.observer import Observer
 from cluster.placement import Placement, even_placement
 from cluster.worker_group import RayGroup, WorkerGroup
 from model.config import load_config
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 GroupFactory = Callable[[EngineConfig, Placement, int], WorkerGroup]
 
 
-async def launch(config: EngineConfig, placement_group: Any = None) -> Engine:
+async def launch(config: EngineConfig, placement_group: Any = None, observer: Observer | None = None) -> Engine:
     """An engine over Ray actors, one per rank, in the given placement group. Ray must be up."""
     engine: Engine | None = None
     early: list[tuple[str, int]] = []
@@ -36,18 +37,18 @@ async def launch(config: EngineConfig, placement_group: Any = None) -> Engine:
     def group(config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> WorkerGroup:
         return RayGroup(config, placement, tokens_per_sequence, placement_group=placement_group, on_death=on_death)
 
-    engine = await _launch(config, group)
+    engine = await _launch(config, group, observer)
     for death in early:
         engine.rank_died(*death)
     return engine
 
 
-async def launch_in_process(config: EngineConfig) -> Engine:
+async def launch_in_process(config: EngineConfig, observer: Observer | None = None) -> Engine:
     """An engine whose only rank is this process. No ray."""
-    return await _launch(config, InProcessGroup)
+    return await _launch(config, InProcessGroup, observer)
 
 
-async def _launch(config: EngineConfig, make_group: GroupFactory) -> Engine:
+async def _launch(config: EngineConfig, make_group: GroupFactory, observer: Observer | None) -> Engine:
     directory = Path(config.model_path)
     model = load_config(directory)
     if model.unknown:
@@ -64,4 +65,4 @@ async def _launch(config: EngineConfig, make_group: GroupFactory) -> Engine:
         "KV memory: %d tokens in %d pages, enough for %d requests of %d tokens at once",
         tokens, num_pages, tokens // min(held, tokens), max_model_len,
     )  # fmt: skip
-    return Engine(config, model, group, num_pages, max_model_len, tokenizer)
+    return Engine(config, model, group, num_pages, max_model_len, tokenizer, observer)

@@ -1,0 +1,126 @@
+"""The engine's thread over a fake group: what it tells its observer, and what it does when ranks fail."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic, sleep
+
+from cluster.config import ParallelConfig, SchedulerConfig
+from cluster.engine_loop import Add, Died, EngineLoop
+from cluster.kv_pool import PagePool
+from cluster.messages import EngineStats, Request, SamplingParams, TokenEvent
+from cluster.observer import FailureCause, Silence, StepRecord
+from cluster.scheduler import Event, Scheduler
+from tests.fake_group import FakeGroup, next_token
+
+WAIT_S = 10
+
+
+@dataclass
+class Notes(Silence):
+    """An observer that keeps what it is told."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    failures: list[FailureCause] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def rank_failed(self, cause: FailureCause) -> None:
+        self.failures.append(cause)
+
+    def recovered(self, pause_s: float) -> None:
+        self.pauses.append(pause_s)
+
+
+class Desk:
+    """Who asks the loop for tokens, and reads its answers."""
+
+    def __init__(self, group: FakeGroup) -> None:
+        self.group = group
+        self.notes = Notes()
+        self.pool = PagePool(64, 4, prefix_caching=True, key=b"k")
+        self.scheduler = Scheduler(SchedulerConfig(8, 32, 8), self.pool, (2,))
+        self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        self._tokens: dict[str, list[int]] = {}
+        self._ends: dict[str, TokenEvent] = {}
+        self.loop = EngineLoop(
+            self.scheduler,
+            group,
+            ParallelConfig(),
+            lambda events: self._events.put(list(events)),
+            lambda: EngineStats(self.scheduler.num_running, 0, 64, self.pool.num_held, self.scheduler.steps, 0, 0, 0),
+            self.notes,
+        )
+
+    def ask(self, key: str, prompt: tuple[int, ...] = (5, 6), max_tokens: int = 6) -> None:
+        self.loop.put(Add(key, Request(key, prompt, SamplingParams(max_tokens, seed=0, ignore_eos=True))))
+
+    def answer(self, key: str) -> tuple[list[int], TokenEvent]:
+        """The tokens of a request and its last event."""
+        while key not in self._ends:
+            for event in self._events.get(timeout=WAIT_S):
+                assert isinstance(event, TokenEvent)
+                self._tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                if event.finish_reason is not None:
+                    self._ends[event.request_id] = event
+        return self._tokens.get(key, []), self._ends[key]
+
+    def end(self) -> None:
+        self.loop.put(None)
+        self.loop.join(WAIT_S)
+
+
+@contextmanager
+def desk(group: FakeGroup | None = None) -> Iterator[Desk]:
+    made = Desk(group or FakeGroup(64, 4))
+    try:
+        yield made
+    finally:
+        made.end()
+        assert made.pool.num_held == 0
+
+
+def alone(prompt: tuple[int, ...], count: int) -> list[int]:
+    tokens = list(prompt)
+    for index in range(count):
+        tokens.append(next_token(tokens, 0, index))
+    return tokens[len(prompt) :]
+
+
+def eventually(holds: object) -> None:
+    assert callable(holds)
+    deadline = monotonic() + WAIT_S
+    while not holds():
+        assert monotonic() < deadline, "it did not come true"
+        sleep(0.001)
+
+
+def test_every_step_is_reported_with_its_tokens_and_its_time() -> None:
+    with desk() as asked:
+        asked.ask("a", (5, 6, 7), max_tokens=6)
+        assert asked.answer("a")[0] == alone((5, 6, 7), 6)
+    first, *rest = asked.notes.steps
+    assert (first.prompt_tokens, first.decode_tokens, first.sequences) == (3, 0, 1)
+    assert {(record.prompt_tokens, record.decode_tokens) for record in rest} == {(0, 1)}
+    assert [record.stats.steps for record in asked.notes.steps] == sorted(r.stats.steps for r in asked.notes.steps)
+    for record in asked.notes.steps:
+        assert min(record.schedule_s, record.step_s, record.postprocess_s, record.publish_s) >= 0
+    assert asked.notes.failures == []
+
+
+def test_a_failed_step_and_a_death_are_told_apart_and_paid_for_with_one_pause_each() -> None:
+    group = FakeGroup(64, 4)
+    group.fail_at = {3}
+    with desk(group) as asked:
+        asked.ask("a")
+        assert asked.answer("a")[0] == alone((5, 6), 6)
+        assert asked.notes.failures == ["step_failed"]
+        asked.loop.put(Died("rank 0 died", group.epoch))
+        eventually(lambda: len(asked.notes.pauses) == 2)
+        assert asked.notes.failures == ["step_failed", "died"]
+        assert min(asked.notes.pauses) >= 0
