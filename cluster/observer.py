@@ -28,6 +28,7 @@ class StepRecord:
     ranks: StepTimes  # of rank 0
     stats: EngineStats  # after it
     slot_rows: tuple[tuple[int, ...], ...] = ()  # if this step reported the load: per layer, rows of every slot
+    slot_experts: tuple[tuple[int, ...], ...] = ()  # with them: per layer, the expert in every slot
 
 
 class Observer(Protocol):
