@@ -1,4 +1,4 @@
-"""The command line, mixtral-serve: serve, batch, convert and doctor.
+"""The command line, mixtral-serve: serve, batch, plan, convert and doctor.
 
 Talks to people: one sentence on stderr and a status above zero when it cannot. Everything it starts, it ends:
 processes, shared memory, and the directory with their logs. Ray is imported only once the configuration is right,
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from deployments import convert
+from deployments import convert, plan
 from deployments.batch import BatchStopped, run_batch
 from deployments.batch_file import Entry, Output, read_entries
 from deployments.config_file import ConfigFile, HttpOptions, read_config_file
@@ -280,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="PATH=VALUE", help="any setting; may be given several times"
         )
     convert.add_command(commands)
+    plan.add_command(commands)
     doctor = commands.add_parser("doctor", help="what of this machine works, and what to change for the rest")
     doctor.set_defaults(run=_doctor)
     return parser
