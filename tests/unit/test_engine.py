@@ -154,7 +154,7 @@ async def test_abort_ends_the_stream() -> None:
         await anext(events)
         engine.abort("r")
         engine.abort("somebody else")
-        group.tickets.release()
+        group.tickets.release(9)  # for the steps under way, which the end waits for
         rest = [event async for event in events]
         assert rest[-1].finish_reason == "abort"
 
