@@ -1,9 +1,12 @@
 """Mixtral, as far as one rank holds it. Written for one device: other ranks appear only behind Comm and Exchange.
 
-    x_TD ──attention──▶ partial_TD ──reduce──▶ x_SD ──router──▶ dispatch ──experts──▶ combine ──▶ x_SD ──gather──▶ x_TD
+    normed_TD ──attention──▶ partial_TD ──reduce──▶ + x_SD ──router──▶ dispatch ──experts──▶ combine ──▶ + x_SD
+    next normed_TD ◀──gather── norm of x_SD
+
+The residual stream stays where its rows' experts are chosen: x_SD. Its norm is what all ranks attend with.
 
 T: rows of the step.  S: this rank's share of them.  R: rows whose logits are wanted.  D: model width.
-V: vocabulary.  H, G: this rank's query and key-value heads.  C: head_dim.
+V: vocabulary.  H: heads of query, key and value together.  C: head_dim.
 """
 
 from __future__ import annotations
@@ -14,16 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.attention import paged_attention
-from model.attention_plan import AttentionPlan, Planner
+from model.backend import Backend, StepAttention, backend_for
 from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
 from model.exchange import Exchange, OneRank
 from model.kv_cache import KVCache
-from model.layers import rms_norm
-from model.moe import Routing, route, run_experts
-from model.rotary import Rotary, rotate
+from model.moe import Routing
 from model.stages import Stages
 from model.weights import BlockWeights, MixtralWeights
 
@@ -38,13 +38,20 @@ class Mixtral:
         *,
         tensor: Comm | None = None,
         stages: Stages | None = None,
+        backend: Backend | None = None,
     ) -> None:
+        """Without a `backend` the one of the device that the weights lie on."""
         self.config = config
         self._weights = weights
         self._tensor = SoloComm() if tensor is None else tensor
         self._stages = Stages() if stages is None else stages
-        self._rotary = Rotary(config, weights.norm_D.device)
-        self._blocks = [Block(config, layer, block, self._stages) for layer, block in enumerate(weights.blocks)]
+        norm_D = weights.norm_D
+        self._backend = backend_for(config, norm_D.device, norm_D.dtype) if backend is None else backend
+        next_norms = [*(block.attention_norm_D for block in weights.blocks[1:]), norm_D]
+        self._blocks = [
+            Block(config, layer, block, next_norm_D, self._backend, self._stages)
+            for layer, (block, next_norm_D) in enumerate(zip(weights.blocks, next_norms, strict=True))
+        ]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, exchange: Exchange, routings: list[Routing] | None = None) -> Tensor:
@@ -56,19 +63,17 @@ class Mixtral:
         self._stages.start("head")
         x_TD = self._embed(batch.token_ids_T)
         self._stages.start("attention")
-        cos_T1C, sin_T1C = self._rotary.angles(batch.position_T, x_TD.dtype)
-        planner = Planner(kv.page_size, kv.bytes_per_key, self.config.sliding_window, x_TD.dtype, x_TD.device)
-        step = Step(cos_T1C, sin_T1C, batch.slot_T, planner.plan(batch.spans), kv, exchange, routings)
+        exchange = self._backend.exchange(exchange)
+        step = Step(self._backend.attention(batch, kv), exchange, routings)
+        x_SD = exchange.share(x_TD)
+        normed_TD = self._backend.norm(x_TD, self._weights.blocks[0].attention_norm_D)
         *earlier, last = self._blocks
         for block in earlier:
-            x_TD = block(x_TD, step)
+            x_SD, normed_TD = block(x_SD, normed_TD, step)
         if isinstance(exchange, OneRank):
             # No later token attends to what the last block gives: it need not go on with rows nobody asked for.
-            x_RD = last(x_TD, step, batch.logits_rows)
-        else:
-            x_RD = last(x_TD, step).index_select(0, batch.logits_rows)
-        self._stages.start("head")
-        return rms_norm(x_RD, self._weights.norm_D, self.config.rms_norm_eps)
+            return last(x_SD, normed_TD, step, batch.logits_rows)[1]
+        return last(x_SD, normed_TD, step)[1].index_select(0, batch.logits_rows)
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -107,57 +112,65 @@ class Mixtral:
 class Step:
     """What all blocks of one step share."""
 
-    cos_T1C: Tensor
-    sin_T1C: Tensor
-    slot_T: Tensor
-    attention: AttentionPlan
-    kv: KVCache
+    attention: StepAttention
     exchange: Exchange
     routings: list[Routing] | None
 
 
 class Block:
-    """One transformer block."""
+    """One transformer block, from its normed input to that of the next."""
 
-    def __init__(self, config: MixtralConfig, layer: int, weights: BlockWeights, stages: Stages) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: MixtralConfig,
+        layer: int,
+        weights: BlockWeights,
+        next_norm_D: Tensor,
+        backend: Backend,
+        stages: Stages,
+    ) -> None:
         self._layer = layer
+        self._head_dim = config.head_dim
         self._weights = weights
+        self._next_norm_D = next_norm_D
+        self._backend = backend
+        self._experts = backend.experts(weights.experts)
         self._stages = stages
-        C = config.head_dim
-        self._heads = weights.output.in_features // C
-        self._kv_heads = (weights.qkv.out_features // C - self._heads) // 2
 
-    def __call__(self, x_TD: Tensor, step: Step, wanted: Tensor | None = None) -> Tensor:
-        """The block's output for all rows, or for the wanted ones alone; keys and values are written for all."""
-        weights, epsilon, start, exchange = self._weights, self._config.rms_norm_eps, self._stages.start, step.exchange
+    def __call__(
+        self, x_SD: Tensor, normed_TD: Tensor, step: Step, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of the residual stream, and its norm for all rows; or both for the wanted rows alone.
+
+        Keys and values are written for all rows.
+        """
+        weights, backend, start, exchange = self._weights, self._backend, self._stages.start, step.exchange
         start("attention")
-        partial_TD = self._attention(rms_norm(x_TD, weights.attention_norm_D, epsilon), step, wanted)
+        partial_TD = self._attention(normed_TD, step, wanted)
         if wanted is not None:
-            x_TD = x_TD.index_select(0, wanted)
+            x_SD = x_SD.index_select(0, wanted)
         start("exchange")
-        x_SD = exchange.share(x_TD) + exchange.reduce(partial_TD)
+        reduced_SD = exchange.reduce(partial_TD)
         start("router")
-        normed_SD = rms_norm(x_SD, weights.moe_norm_D, epsilon)
-        routing = route(normed_SD, weights.router_ED, self._config.num_experts_per_tok)
+        x_SD, normed_SD = backend.add_norm(x_SD, reduced_SD, weights.moe_norm_D)
+        routing = backend.route(normed_SD, weights.router_ED)
         if step.routings is not None:
             step.routings.append(routing)
         start("exchange")
         dispatched = exchange.dispatch(self._layer, normed_SD, routing.expert_SK, routing.weight_SK)
         start("experts")
-        y_ND = run_experts(dispatched.x_ND, dispatched.rows, weights.experts)
+        y_ND = self._experts(dispatched)
         start("exchange")
-        # Routing weights are float32 and so is their sum; the residual stream keeps the model's precision.
-        x_SD = x_SD + exchange.combine(dispatched, y_ND).to(x_SD.dtype)
-        return exchange.gather(x_SD)
+        combined_SD = exchange.combine(dispatched, y_ND)
+        start("attention")
+        x_SD, normed_SD = backend.add_norm(x_SD, combined_SD, self._next_norm_D)
+        start("exchange")
+        return x_SD, exchange.gather(normed_SD)
 
-    def _attention(self, x_TD: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
-        H, G, C = self._heads, self._kv_heads, self._config.head_dim
-        heads_THC = self._weights.qkv(x_TD).view(len(x_TD), H + 2 * G, C)
-        rotated_THC = rotate(heads_THC[:, : H + G], step.cos_T1C, step.sin_T1C)
-        query_THC, key_TGC, value_TGC = rotated_THC[:, :H], rotated_THC[:, H:], heads_THC[:, H + G :]
-        step.kv.write(self._layer, step.slot_T, key_TGC, value_TGC)
-        out_THC = paged_attention(query_THC, key_TGC, value_TGC, step.kv.layer(self._layer), step.attention)
+    def _attention(self, normed_TD: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
+        weights, C = self._weights, self._head_dim
+        heads_THC = weights.qkv(normed_TD).view(len(normed_TD), weights.qkv.out_features // C, C)
+        out_THC = step.attention(self._layer, heads_THC)
         if wanted is not None:
             out_THC = out_THC.index_select(0, wanted)
-        return self._weights.output(out_THC.view(-1, H * C))
+        return weights.output(out_THC.view(-1, weights.output.in_features))

@@ -1,0 +1,61 @@
+"""What a block asks of the device it runs on. One object per model, chosen once, so that no call asks again.
+
+    cpu     model/cpu_backend.py       packed linears, attention per run of pages, a loop over experts
+
+T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.  K: experts per token.
+H, G: this rank's query and key-value heads.  C: head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.batch import Batch
+from model.config import MixtralConfig
+from model.exchange import Dispatched, Exchange
+from model.kv_cache import KVCache
+from model.moe import Routing
+from model.weights import ExpertWeights
+
+
+class StepAttention(Protocol):
+    """Attention of one step, planned once for all layers."""
+
+    def __call__(self, layer: int, heads_THC: Tensor) -> Tensor:
+        """From query, key and value heads side by side, (T, H + 2G, C), to (T, H, C).
+
+        Turns them by their positions and writes keys and values to their pages first.
+        """
+
+
+class Experts(Protocol):
+    """The experts of one block, in the layout that multiplies fastest where they lie."""
+
+    def __call__(self, dispatched: Dispatched) -> Tensor:
+        """What the exchange's combine() takes."""
+
+
+class Backend(Protocol):
+    def exchange(self, exchange: Exchange) -> Exchange:
+        """The same, or a form of it that suits the device better."""
+
+    def attention(self, batch: Batch, kv: KVCache) -> StepAttention: ...
+
+    def experts(self, experts: Sequence[ExpertWeights]) -> Experts: ...
+
+    def norm(self, x_SD: Tensor, weight_D: Tensor) -> Tensor: ...
+
+    def add_norm(self, x_SD: Tensor, delta_SD: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum in x's precision, and its norm."""
+
+    def route(self, x_SD: Tensor, router_ED: Tensor) -> Routing: ...
+
+
+def backend_for(config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> Backend:
+    from model.cpu_backend import CpuBackend
+
+    return CpuBackend(config, device, dtype)
