@@ -68,10 +68,12 @@ class Engine:
         self._group = group
         # With a sliding window a sequence's first pages are given back: what is left of a prefix is of no use.
         prefix_caching = config.kv.prefix_caching and model.sliding_window is None
-        self._pool = PagePool(
-            num_pages, config.kv.page_size, prefix_caching=prefix_caching, key=secrets.token_bytes(32)
-        )
-        self._scheduler = Scheduler(config.scheduler, self._pool, tokenizer.eos_ids, model.sliding_window)
+        secret = secrets.token_bytes(32)
+        self._pools = [
+            PagePool(num_pages, config.kv.page_size, prefix_caching=prefix_caching, key=secret)
+            for _ in range(config.parallel.data)
+        ]
+        self._scheduler = Scheduler(config.scheduler, self._pools, tokenizer.eos_ids, model.sliding_window)
         # By a key of our own: events of an aborted request may still be on their way when its id is used again.
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._keys: dict[str, str] = {}  # request_id -> key
@@ -156,13 +158,14 @@ class Engine:
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            pages_total=self._pool.num_pages,
-            pages_used=self._pool.num_held,
+            pages_total=sum(pool.num_pages for pool in self._pools),
+            pages_used=sum(pool.num_held for pool in self._pools),
             steps=scheduler.steps,
             prompt_tokens=scheduler.prompt_tokens,
             generated_tokens=scheduler.generated_tokens,
             preemptions=scheduler.preemptions,
             recoveries=self._loop.recoveries,
+            cached_tokens=scheduler.cached_tokens,
         )
 
     def ranks(self) -> tuple[RankStatus, ...]:

@@ -15,7 +15,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from cluster.config import ParallelConfig
@@ -37,6 +37,7 @@ CHECK_EVERY_S = 60.0  # when idle
 class Add:
     key: str
     request: Request | EncodeRequest
+    arrived_s: float = field(default_factory=monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class EngineLoop:
         self._send(self._scheduler.fail_all(reason))
         while self.failure is not None and (command := self._inbox.get()) is not None:
             if isinstance(command, Add):
-                self._scheduler.add(command.key, command.request)
+                self._scheduler.add(command.key, command.request, command.arrived_s)
                 self._send(self._scheduler.fail_all(self.failure))
 
     def _work(self) -> bool:
@@ -123,7 +124,7 @@ class EngineLoop:
             while self._take_commands(wait=self._idle(under_way)):
                 self._send(self._scheduler.expire(monotonic()))
                 began = monotonic()
-                plan = self._scheduler.schedule()
+                plan = self._scheduler.schedule(began)
                 if plan is not None:
                     plan = replace(plan, exchange=choose_exchange(self._parallel, plan.num_tokens))
                     planned = monotonic()
@@ -197,8 +198,8 @@ class EngineLoop:
         """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
         while wait or not self._inbox.empty():
             match self._inbox.get():
-                case Add(key, request):
-                    self._scheduler.add(key, request)
+                case Add(key, request, arrived_s):
+                    self._scheduler.add(key, request, arrived_s)
                 case Abort(key, choice):
                     if self._scheduler.abort(key, choice) and choice is None:
                         self._send([TokenEvent(key, (), finish_reason="abort")])

@@ -61,11 +61,16 @@ class PagePool:
         self._num_free -= count
         return pages
 
-    def retain(self, pages: Sequence[int]) -> None:
-        """One more holder of pages that are held."""
+    def hold(self, pages: Sequence[int]) -> None:
+        """One more holder of pages whose content is of use: held ones, or cached ones that find() has named."""
         for page in pages:
-            assert self._references[page] > 0
+            assert self._references[page] > 0 or page in self._cached
             self._references[page] += 1
+            self._cached.pop(page, None)
+
+    def num_available_beside(self, pages: Sequence[int]) -> int:
+        """What would be left for whoever holds these pages."""
+        return self.num_available - sum(1 for page in pages if not self._references[page])
 
     def release(self, pages: Sequence[int]) -> None:
         """Give back one reference of each page. The tail of a chain is evicted before its head."""
@@ -83,23 +88,22 @@ class PagePool:
         """The name of a full page's content, given everything before it. A chain begins with its salt's bytes."""
         return blake2b(previous + array("q", token_ids).tobytes(), key=self._key, digest_size=16).digest()
 
-    def find_prefix(self, token_ids: Sequence[int], salt: str = "") -> tuple[list[int], list[bytes]]:
-        """Hold the longest cached chain of full pages that begins token_ids; its pages and digests."""
+    def extend(self, digests: list[bytes], token_ids: Sequence[int], salt: str = "") -> None:
+        """Name the full pages of token_ids that have no name in `digests` yet."""
+        size = self.page_size
+        for start in range(len(digests) * size, len(token_ids) - size + 1, size):
+            previous = digests[-1] if digests else salt.encode()
+            digests.append(self.next_digest(previous, token_ids[start : start + size]))
+
+    def find(self, digests: Sequence[bytes]) -> list[int]:
+        """The pages that hold the longest beginning of this chain. Whoever wants them must hold() them."""
         pages: list[int] = []
-        digests: list[bytes] = []
-        if not self.prefix_caching:
-            return pages, digests
-        digest = salt.encode()
-        for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
-            digest = self.next_digest(digest, token_ids[start : start + self.page_size])
+        for digest in digests:
             page = self._page_of.get(digest)
             if page is None:
                 break
-            self._references[page] += 1
-            self._cached.pop(page, None)
             pages.append(page)
-            digests.append(digest)
-        return pages, digests
+        return pages
 
     def remember(self, page: int, digest: bytes) -> None:
         """From now on the held page can be found by its content. The first page of a content keeps its name."""

@@ -1,11 +1,12 @@
 """Which tokens run this step. Plain Python: decides and never runs; no torch, no I/O, no clock it was not given.
 
-    waiting ──admit──▶ running ──finish──▶ gone
+    waiting ──admit──▶ running, in a data group ──finish──▶ gone
        ▲                 │
-       └────preempt──────┘     pages back, tokens kept: they are computed again later
+       └────preempt──────┘     pages back, tokens kept: they are computed again later, perhaps in another group
 
-One budget of tokens per step, spent in this order: decodes (one token each, so that nobody who streams waits for
-somebody's long prompt), then prompts already begun, then prompts admitted now.
+Every data group has pages of its own (data_group.py) and a budget of tokens for each step, spent in this order:
+decodes (one token each, so that nobody who streams waits for somebody's long prompt), then prompts already begun, then
+prompts admitted now (admission.py says into which group).
 
 It plans one step ahead: while step n runs, n + 1 is scheduled as if nobody ended in n. The token that n samples is
 named LAST_SAMPLED in n + 1, and whoever did end in n is left out of n + 1's results. Steps run in order, so a page
@@ -14,20 +15,21 @@ given back while a step still writes to it is safe: its next owner writes later.
 
 from __future__ import annotations
 
-import bisect
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
+from cluster.admission import choose_place
 from cluster.config import SchedulerConfig
+from cluster.data_group import DataGroup, GroupStep
 from cluster.kv_pool import PagePool
 from cluster.messages import (
     EncodeEvent,
     EncodeRequest,
     Request,
     SequenceChunk,
-    SequenceStart,
     StepPlan,
     StepResult,
     TokenEvent,
@@ -38,41 +40,32 @@ from cluster.waiting import WaitingQueue
 Event = TokenEvent | EncodeEvent
 
 DEADLINE = "deadline"
-ROOM_TOKENS = 256  # what a new run of pages leaves free behind it for the answer, at most
 
 
 @dataclass(slots=True)
-class _Step:
-    """A plan being filled, and whom it is for."""
+class _Live:
+    """A request of which at least one choice lives."""
 
-    budget: int
-    chunks: list[SequenceChunk]
-    starts: list[SequenceStart]
-    sequences: list[tuple[Sequence, int]]  # with the life they are in, beside chunks
-
-    def add(self, sequence: Sequence, length: int) -> None:
-        if not sequence.started:
-            self.starts.append(sequence.start())
-            sequence.started = True
-        self.chunks.append(sequence.chunk(length))
-        self.sequences.append((sequence, sequence.life))
-        self.budget -= length
+    choices: dict[int, Sequence]
+    begun: bool = False  # one of them has run
 
 
 class Scheduler:
+    """`pools`: one for each data group, all alike."""
+
     def __init__(
-        self, config: SchedulerConfig, pool: PagePool, eos_ids: Iterable[int], window: int | None = None
+        self, config: SchedulerConfig, pools: Many[PagePool], eos_ids: Iterable[int], window: int | None = None
     ) -> None:
         self._config = config
-        self._pool = pool
+        self._groups = [DataGroup(number, pool, window) for number, pool in enumerate(pools)]
         self._eos_ids = frozenset(eos_ids)
-        self._window = window  # tokens that attention looks back, itself included; None: all
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
-        self._running: list[Sequence] = []  # by order
-        self._requests: dict[str, dict[int, Sequence]] = {}  # key -> choice -> sequence, while they live
-        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; the dead are skipped when they come up
-        self._under_way: deque[list[tuple[Sequence, int]]] = deque()  # whom the steps not yet postprocessed are for
+        self._requests: dict[str, _Live] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap of keys; the dead are skipped when they come up
+        self._deadlines_moved = 0.0  # seconds that were added to every deadline since the first
+        self._under_way: deque[list[tuple[Sequence, int]]] = deque()  # per step not taken in yet: who, in which life
         self._releases: list[int] = []  # sequences the ranks may forget
+        self._num_alive = 0
         self._next_number = 0
         self._next_step = 0
         self.steps = 0
@@ -83,93 +76,96 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return sum(len(group.running) for group in self._groups)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_alive - self.num_running
 
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._under_way)
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(map(len, self._requests.values())) - len(self._running)
+    def limit(self, config: SchedulerConfig) -> None:
+        """From now on these limits; whoever runs goes on."""
+        self._config = config
 
-    def add(self, key: str, request: Request | EncodeRequest) -> None:
+    def add(self, key: str, request: Request | EncodeRequest, now: float) -> None:
         assert key not in self._requests
-        if isinstance(request, EncodeRequest):
-            sequence = self._sequence(key, 0, request, None)
-        else:
-            assert request.sampling.seed is not None
-            sequence = self._sequence(key, 0, request, None)
+        sequence = self._sequence(key, 0, request, now, None)
+        if isinstance(request, Request):
             for choice in range(1, request.n):
-                sequence.followers.append(self._sequence(key, choice, request, sequence))
-        self._requests[key] = {s.choice: s for s in (sequence, *sequence.followers)}
+                sequence.followers.append(self._sequence(key, choice, request, now, sequence))
+        self._requests[key] = _Live({s.choice: s for s in (sequence, *sequence.followers)})
+        self._num_alive += 1 + len(sequence.followers)
         self._waiting.push(sequence)
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, sequence.number, sequence))
+            heapq.heappush(self._deadlines, (request.deadline_s - self._deadlines_moved, key))
 
     def abort(self, key: str, choice: int | None = None) -> bool:
         """Forget a request, or one of its choices; False if it is gone already."""
-        sequences = [s for s in self._requests.get(key, {}).values() if choice is None or s.choice == choice]
+        sequences = [s for s in self._choices(key) if choice is None or s.choice == choice]
         for sequence in sequences:
             self._drop(sequence)
         return bool(sequences)
 
-    def fail_all(self, error: str) -> list[Event]:
-        """End every request, for an engine that cannot go on."""
-        sequences = [s for choices in self._requests.values() for s in choices.values()]
-        for sequence in sequences:
-            self._drop(sequence)
+    def fail(self, key: str, error: str) -> list[Event]:
+        """End a request that cannot go on; what to tell its caller."""
+        sequences = self._choices(key)
+        self.abort(key)
         return [sequence.failure(error) for sequence in sequences]
 
-    def start_over(self) -> None:
-        """The ranks have forgotten everything: whoever ran waits again, with the tokens it has."""
+    def fail_all(self, error: str) -> list[Event]:
+        """End every request, for an engine that cannot go on."""
+        return [event for key in list(self._requests) for event in self.fail(key, error)]
+
+    def start_over(self, lost: Collection[int] | None = None) -> None:
+        """The ranks have forgotten all sequences, and those of the groups in `lost` (None: all) their pages too.
+
+        The steps under way are void. Whoever has lost pages waits again, with the tokens it has; the others go on
+        from what was accepted, and the ranks are told of them anew.
+        """
         self._under_way.clear()
         self._releases.clear()
         self._next_step = 0
-        for sequence in self._running:
-            sequence.in_flight = 0
-            self._pool.release(sequence.lose_pages())
-            self._waiting.push(sequence)
-        self._running.clear()
+        for group in self._groups:
+            for sequence in group.start_over(pages_lost=lost is None or group.number in lost):
+                self._waiting.push(sequence)
         for sequence in self._waiting:  # also those that were preempted with a sample under way
             sequence.in_flight = 0
-        self._pool.forget()
+
+    def move_deadlines(self, seconds: float) -> None:
+        """Nothing could run for so long: whoever waits may wait so much longer."""
+        self._deadlines_moved += seconds
 
     def expire(self, now: float) -> list[Event]:
         """End the requests that have not begun by their deadline."""
         events: list[Event] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, first = heapq.heappop(self._deadlines)
-            sequences = list(self._requests.get(first.key, {}).values())
-            if not any(sequence.answered or sequence.running for sequence in (first, *sequences)):
-                self.abort(first.key)
-                events += [sequence.failure(DEADLINE) for sequence in sequences]
+        while self._deadlines and self._deadlines[0][0] <= now - self._deadlines_moved:
+            _, key = heapq.heappop(self._deadlines)
+            if key in self._requests and not self._requests[key].begun:
+                events += self.fail(key, DEADLINE)
         return events
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run."""
-        step = _Step(self._config.max_step_tokens, [], [], [])
-        decodes, prompts = [], []
-        for sequence in self._running:
-            missing = sequence.num_missing
-            if missing == 1:
-                decodes.append(sequence)
-            elif missing > 1:
-                prompts.append(sequence)
-        for sequence in decodes:
-            if sequence.running and not self._continue(sequence, step):
-                self._preempt(sequence)
-        for sequence in prompts:
-            if sequence.running:  # else an earlier one has just taken its pages
-                self._continue(sequence, step)
-        self._admit(step)
-        if not step.chunks:
+        steps = [GroupStep(self._config.max_step_tokens) for _ in self._groups]
+        for group, step in zip(self._groups, steps, strict=True):
+            for sequence in group.advance(step):
+                self._wait_again(sequence)
+            for sequence, chunk in step.chunks.items():
+                self._waiting.charge(sequence, len(chunk.token_ids))
+        self._admit(steps, now)
+        chunks = tuple(chunk for step in steps for chunk in step.chunks.values())
+        if not chunks:
             return None
+        starts = tuple(start for step in steps for start in step.starts)
         releases, self._releases = tuple(self._releases), []
-        plan = StepPlan(self._next_step, tuple(step.chunks), tuple(step.starts), releases)
+        group_tokens = tuple(step.num_tokens for step in steps) if len(steps) > 1 else ()
+        plan = StepPlan(self._next_step, chunks, starts, releases, group_tokens=group_tokens)
         self._next_step += 1
         self.steps += 1
-        self._under_way.append(step.sequences)
+        self._under_way.append([(sequence, sequence.life) for step in steps for sequence in step.chunks])
         return plan
 
     def postprocess(self, plan: StepPlan, result: StepResult) -> list[Event]:
@@ -195,21 +191,22 @@ class Scheduler:
         return events
 
     def check_integrity(self) -> None:
-        """Every page's holders are exactly the running sequences that list it."""
-        self._pool.check_integrity()
-        held: dict[int, int] = {}
-        for sequence in self._running:
-            assert sequence.running
-            assert sequence.num_accepted <= sequence.num_scheduled <= len(sequence.pages) * self._pool.page_size
-            for page in sequence.pages[sequence.num_pages_released :]:
-                held[page] = held.get(page, 0) + 1
-        assert held == self._pool.references()
-        alive = {id(s) for choices in self._requests.values() for s in choices.values()}
-        assert {id(s) for s in self._running} <= alive
+        """Everybody is in one place, and every page is where its holders say."""
+        for group in self._groups:
+            group.check_integrity()
+        alive = {id(s) for live in self._requests.values() for s in live.choices.values()}
+        running = [s for group in self._groups for s in group.running]
+        assert len(alive) == self._num_alive
+        assert {id(s) for s in running} <= alive
         assert all(id(s) in alive and not s.pages and not s.running for s in self._waiting)
-        assert [s.order for s in self._running] == sorted(s.order for s in self._running)
 
-    def _sequence(self, key: str, choice: int, request: Request | EncodeRequest, leader: Sequence | None) -> Sequence:
+    def _choices(self, key: str) -> list[Sequence]:
+        live = self._requests.get(key)
+        return [] if live is None else list(live.choices.values())
+
+    def _sequence(
+        self, key: str, choice: int, request: Request | EncodeRequest, now: float, leader: Sequence | None
+    ) -> Sequence:
         number, self._next_number = self._next_number, self._next_number + 1
         if isinstance(request, EncodeRequest):
             ids, sampling, pooling, salt = list(request.token_ids), None, request.pooling, ""
@@ -220,94 +217,31 @@ class Scheduler:
                 sampling = replace(sampling, prompt_logprobs=None)  # they are the first choice's to give
             ids, pooling, salt = list(request.prompt_ids), None, request.cache_salt
         return Sequence(
-            number, key, choice, ids, len(ids), sampling, pooling,
-            request.priority, request.user, salt, request.deadline_s, leader,
-        )  # fmt: skip
+            number, key, choice, ids, len(ids), sampling, pooling, request.priority, request.user, salt, now, leader
+        )
 
-    def _continue(self, sequence: Sequence, step: _Step) -> bool:
-        """Put the sequence's next tokens into the step, taking pages from whoever comes last if need be."""
-        length = min(sequence.num_missing, step.budget)
-        if length == 0:
-            return True
-        needed = self._pool.pages_for(sequence.num_scheduled + length) - len(sequence.pages)
-        while needed > self._pool.num_available:
-            victim = self._running[-1]
-            if victim.order <= sequence.order or any(s is victim for s, _ in step.sequences):
-                # Nobody to take pages from: as much as fits.
-                needed = self._pool.num_available
-                length = (len(sequence.pages) + needed) * self._pool.page_size - sequence.num_scheduled
-                if length == 0:
-                    return False
-                break
-            self._preempt(victim)
-        if needed > 0:
-            last = sequence.pages[-1] if sequence.pages else None
-            sequence.pages += self._pool.allocate(needed, after=last, room=self._room(sequence))
-        step.add(sequence, length)
-        self._waiting.charge(sequence, length)
-        return True
-
-    def _room(self, sequence: Sequence) -> int:
-        """Pages the sequence may still come to need."""
-        tokens = len(sequence.token_ids) - sequence.num_scheduled
-        if sequence.sampling is not None:
-            tokens += min(ROOM_TOKENS, sequence.sampling.max_tokens - sequence.num_generated)
-        return self._pool.pages_for(max(0, tokens))
-
-    def _admit(self, step: _Step) -> None:
-        while step.budget and len(self._running) < self._config.max_running:
+    def _admit(self, steps: Many[GroupStep], now: float) -> None:
+        while self.num_running < self._config.max_running:
             sequence = self._waiting.peek()
             if sequence is None or sequence.in_flight:
                 return  # preempted a moment ago: its last token is still to come
-            pages, digests = self._prefix(sequence)
-            if self._pages_to_begin(sequence) - len(pages) > self._pool.num_available:
-                self._pool.release(pages)
+            place = choose_place(sequence, self._groups, steps, self._config.max_step_tokens)
+            if place is None:
                 return
             self._waiting.remove(sequence)
             self._waiting.admitted(sequence)
-            sequence.pages, sequence.digests = pages, digests
-            in_pages = len(pages) * self._pool.page_size
-            # One token is computed in any case: somebody must give the next one's logits.
-            sequence.num_scheduled = sequence.num_accepted = min(in_pages, len(sequence.token_ids) - 1)
-            sequence.num_stored = in_pages - sequence.num_scheduled
-            if not sequence.answered:
-                sequence.num_cached = min(sequence.num_scheduled, sequence.num_prompt)
+            place.group.admit(sequence, place.pages, place.step)
+            self._waiting.charge(sequence, len(place.step.chunks[sequence].token_ids))
+            self._requests[sequence.key].begun = True
+            if sequence.waited_s is None:
+                sequence.waited_s = now - sequence.arrived_s
+                sequence.num_cached = min(sequence.num_accepted, sequence.num_prompt)
                 self.cached_tokens += sequence.num_cached
-            sequence.running = True
-            bisect.insort(self._running, sequence, key=lambda s: s.order)
-            admitted = self._continue(sequence, step)
-            assert admitted
-
-    def _pages_to_begin(self, sequence: Sequence) -> int:
-        """Pages that must be there before a sequence is admitted: enough to reach its first new token."""
-        tokens = len(sequence.token_ids) + (sequence.sampling is not None)
-        if self._window is not None:
-            tokens = min(tokens, self._window + self._config.max_step_tokens)
-        return min(self._pool.pages_for(tokens), self._pool.num_pages)
-
-    def _prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
-        """Pages that hold the first of the sequence's tokens already, now held for it too."""
-        if sequence.wants_all_rows:
-            return [], []
-        full = sequence.num_prompt // self._pool.page_size
-        leader = sequence.leader
-        if leader is not None and leader.num_accepted >= leader.num_prompt and not leader.num_pages_released:
-            pages = leader.pages[:full]
-            self._pool.retain(pages)
-            return list(pages), leader.digests[:full]
-        return self._pool.find_prefix(sequence.token_ids, sequence.salt)
 
     def _accept(self, sequence: Sequence, chunk: SequenceChunk, result: StepResult) -> None:
-        """The chunk's tokens are in pages, and steps to come may rely on it."""
-        sequence.num_accepted = accepted = chunk.start + len(chunk.token_ids)
-        size = self._pool.page_size
-        if accepted // size > len(sequence.digests) and (self._pool.prefix_caching or sequence.followers):
-            self._publish(sequence)
-        if self._window is not None:
-            passed = max(0, accepted - self._window + 1) // size
-            if passed > sequence.num_pages_released:
-                self._pool.release(sequence.pages[sequence.num_pages_released : passed])
-                sequence.num_pages_released = passed
+        """The chunk's tokens are in pages, with whatever rows of theirs somebody wants."""
+        accepted = chunk.start + len(chunk.token_ids)
+        self._groups[sequence.group].accept(sequence, accepted)
         if chunk.start < sequence.num_prompt:
             self.prompt_tokens += min(accepted, sequence.num_prompt) - chunk.start
             if accepted >= sequence.num_prompt:
@@ -316,45 +250,46 @@ class Scheduler:
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.number, ())
             sequence.pooled += result.pooled.get(sequence.number, ())
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Whoever has the same tokens may use the pages that are full now."""
-        size = self._pool.page_size
-        for index in range(len(sequence.digests), sequence.num_accepted // size):
-            previous = sequence.digests[-1] if sequence.digests else sequence.salt.encode()
-            digest = self._pool.next_digest(previous, sequence.token_ids[index * size : (index + 1) * size])
-            sequence.digests.append(digest)
-            self._pool.remember(sequence.pages[index], digest)
-
     def _answer(self, sequence: Sequence, token_id: int | None, result: StepResult) -> Event:
         """What the step that ended the sequence's known tokens says to its caller."""
-        if token_id is None:
-            encoded = EncodeEvent(sequence.key, tuple(sequence.pooled))
-            self._drop(sequence)
-            return encoded
-        self.generated_tokens += 1
-        event = sequence.take(token_id, result.logprobs.get(sequence.number), self._eos_ids)
-        if event.finish_reason is not None:
+        event: Event
+        if sequence.sampling is None:
+            event = EncodeEvent(sequence.key, tuple(sequence.pooled))
+        elif token_id is None:
+            event = sequence.failure("the ranks gave no token for it")
+        else:
+            self.generated_tokens += 1
+            number = sequence.number
+            event = sequence.take(token_id, result.logprobs.get(number), result.routing.get(number), self._eos_ids)
+        if isinstance(event, EncodeEvent) or event.finish_reason is not None:
             self._drop(sequence)
         return event
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._forget_pages(sequence)
+    def _wait_again(self, sequence: Sequence) -> None:
+        """Its pages were taken: it waits, with the tokens it has."""
+        self._release(sequence)
         self._waiting.push(sequence)
         self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """The ranks may forget it, if they were told of it."""
+        if sequence.started:
+            self._releases.append(sequence.number)
+            sequence.started = False
 
     def _drop(self, sequence: Sequence) -> None:
         """The sequence is gone, wherever it was."""
         sequence.gone = True
         if sequence.running:
-            self._running.remove(sequence)
-            self._forget_pages(sequence)
+            self._groups[sequence.group].remove(sequence)
+            self._release(sequence)
         elif sequence.leader is not None and sequence in sequence.leader.followers:
             sequence.leader.followers.remove(sequence)
         else:
             self._waiting.remove(sequence)
         self._release_followers(sequence)
-        choices = self._requests[sequence.key]
+        self._num_alive -= 1
+        choices = self._requests[sequence.key].choices
         del choices[sequence.choice]
         if not choices:
             del self._requests[sequence.key]
@@ -364,8 +299,3 @@ class Scheduler:
         followers, leader.followers = leader.followers, []
         for follower in followers:
             self._waiting.push(follower)
-
-    def _forget_pages(self, sequence: Sequence) -> None:
-        if sequence.started:
-            self._releases.append(sequence.number)
-        self._pool.release(sequence.lose_pages())

@@ -17,6 +17,7 @@ from cluster.messages import (
     EncodeEvent,
     FinishReason,
     Pooling,
+    Routing,
     SamplingParams,
     SequenceChunk,
     SequenceStart,
@@ -37,9 +38,10 @@ class Sequence:
     priority: int
     user: str
     salt: str
-    deadline_s: float | None
+    arrived_s: float
     leader: Sequence | None = None  # the first choice of the same prompt, whose pages may be shared
 
+    group: int = 0  # the data group whose pages it has, while it runs
     num_scheduled: int = 0
     num_accepted: int = 0
     in_flight: int = 0
@@ -48,12 +50,14 @@ class Sequence:
     gone: bool = False  # ended or aborted
     started: bool = False  # the ranks know it
     answered: bool = False  # an event went out
+    waited_s: float | None = None  # from arrival to the first admission
     num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission
-    num_stored: int = 0  # scheduled tokens of which pages hold keys and values already
+    num_stored: int = 0  # first tokens whose keys and values were in shared pages when it was admitted
     pages: list[int] = field(default_factory=list)
     num_pages_sent: int = 0
     num_pages_released: int = 0  # first pages, given back because the sliding window has passed them
-    digests: list[bytes] = field(default_factory=list)  # of the full pages whose tokens are accepted
+    num_pages_published: int = 0  # first pages, that others can find by their content
+    digests: list[bytes] = field(default_factory=list)  # of full pages of token_ids, as far as somebody asked
     followers: list[Sequence] = field(default_factory=list)  # choices that wait for this one's prompt
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     pooled: list[tuple[float, ...]] = field(default_factory=list)
@@ -82,7 +86,8 @@ class Sequence:
         return self.sampling is None or self.sampling.prompt_logprobs is not None
 
     def start(self) -> SequenceStart:
-        return SequenceStart(self.number, tuple(self.token_ids), self.num_prompt, self.sampling, self.pooling)
+        ids = tuple(self.token_ids)
+        return SequenceStart(self.number, ids, self.num_prompt, self.sampling, self.pooling, self.group)
 
     def chunk(self, length: int) -> SequenceChunk:
         """The next `length` tokens; they count as scheduled from now on."""
@@ -94,12 +99,13 @@ class Sequence:
         ends = last == len(self.token_ids) + self.in_flight
         new_pages = tuple(self.pages[self.num_pages_sent :])
         self.num_pages_sent = len(self.pages)
-        stored, self.num_stored = self.num_stored, 0
         if ends:
             self.in_flight += 1
-        return SequenceChunk(self.number, tuple(ids), first, new_pages, ends, stored)
+        return SequenceChunk(self.number, tuple(ids), first, new_pages, ends, max(0, self.num_stored - first))
 
-    def take(self, token_id: int, logprob: TokenLogprob | None, eos_ids: frozenset[int]) -> TokenEvent:
+    def take(
+        self, token_id: int, logprob: TokenLogprob | None, routing: Routing | None, eos_ids: frozenset[int]
+    ) -> TokenEvent:
         """Append a sampled token; what to tell the caller, with a reason if it ends the sequence."""
         sampling = self.sampling
         assert sampling is not None
@@ -113,18 +119,20 @@ class Sequence:
         if sampling.prompt_logprobs is not None:  # given once, with the first token
             prompt_logprobs = (None, *self.prompt_logprobs)
             self.sampling = replace(sampling, prompt_logprobs=None)
-        event = TokenEvent(
+        first = self.choice == 0 and not self.answered
+        self.answered = True
+        return TokenEvent(
             self.key,
             (token_id,),
             self.choice,
             finish_reason=reason,
             stop_reason=token_id if token_id in sampling.stop_token_ids else None,
-            cached_tokens=0 if self.answered or self.choice else self.num_cached,
+            cached_tokens=self.num_cached if first else 0,
+            waited_s=self.waited_s if first else None,
             logprobs=() if logprob is None else (logprob,),
+            routing=() if routing is None else (routing,),
             prompt_logprobs=prompt_logprobs,
         )
-        self.answered = True
-        return event
 
     def failure(self, error: str) -> TokenEvent | EncodeEvent:
         """The last event of a sequence that cannot go on."""
@@ -135,9 +143,16 @@ class Sequence:
     def lose_pages(self) -> list[int]:
         """The pages it held; it has to begin again."""
         held = self.pages[self.num_pages_released :]
-        self.pages, self.digests = [], []
+        self.pages = []
         self.num_scheduled = self.num_accepted = self.num_pages_sent = self.num_pages_released = self.num_stored = 0
+        self.num_pages_published = 0
         self.prompt_logprobs, self.pooled = [], []
-        self.started = self.running = False
+        self.running = False
         self.life += 1
         return held
+
+    def rewind(self) -> None:
+        """The steps under way are void and the ranks know it no more, but its pages hold what was accepted."""
+        self.num_scheduled = self.num_accepted
+        self.in_flight = self.num_pages_sent = 0
+        self.started = False

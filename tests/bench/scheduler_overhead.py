@@ -29,17 +29,17 @@ def result(plan: StepPlan) -> StepResult:
 def measure(running: int) -> tuple[float, float, float, int]:
     """Seconds of schedule, postprocess and pickling, and the plan's bytes."""
     pool = PagePool(running * 80, 16, prefix_caching=True, key=b"k")
-    scheduler = Scheduler(SchedulerConfig(running, 1 << 20, 0), pool, eos_ids=())
+    scheduler = Scheduler(SchedulerConfig(running, 1 << 20, 0), [pool], eos_ids=())
     for number in range(running):
         prompt = tuple((number + i) % 1000 for i in range(CONTEXT))
-        scheduler.add(str(number), Request(str(number), prompt, SamplingParams(STEPS + 10, seed=0)))
-    plan = scheduler.schedule()
+        scheduler.add(str(number), Request(str(number), prompt, SamplingParams(STEPS + 10, seed=0)), 0.0)
+    plan = scheduler.schedule(0.0)
     assert plan is not None
     rows = []
     size = 0
     for _ in range(STEPS):
         began = perf_counter()
-        ahead = scheduler.schedule()
+        ahead = scheduler.schedule(0.0)
         scheduled = perf_counter()
         scheduler.postprocess(plan, result(plan))
         processed = perf_counter()

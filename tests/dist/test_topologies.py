@@ -107,17 +107,17 @@ def recorded_run(directory: Path) -> list[tuple[StepPlan, StepResult]]:
     worker.load()
     worker.join(SoloComm(), NUM_PAGES)
     pool = PagePool(NUM_PAGES, 4, prefix_caching=True, key=b"k")
-    scheduler = Scheduler(config.scheduler, pool, eos_ids=())
+    scheduler = Scheduler(config.scheduler, [pool], eos_ids=())
     shared = tuple(range(20, 34))
     for number in range(6):
         extra = {"repetition_penalty": 1.3, "logprobs": 2, "prompt_logprobs": 1} if number == 2 else {}
         sampling = SamplingParams(30, temperature=0.0 if number % 2 else 0.8, seed=number, **extra)  # type: ignore[arg-type]
         prompt = (*shared[: 5 + number * 2], 40 + number)
-        scheduler.add(str(number), Request(str(number), prompt, sampling, n=2 if number == 3 else 1))
+        scheduler.add(str(number), Request(str(number), prompt, sampling, n=2 if number == 3 else 1), 0.0)
     steps: list[tuple[StepPlan, StepResult]] = []
     under_way: deque[StepPlan] = deque()
     while scheduler.has_work:
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         if plan is not None:
             under_way.append(plan)
         if len(under_way) == 2 or plan is None:

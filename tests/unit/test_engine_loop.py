@@ -44,7 +44,7 @@ class Desk:
         self.group = group
         self.notes = Notes()
         self.pool = PagePool(64, 4, prefix_caching=True, key=b"k")
-        self.scheduler = Scheduler(SchedulerConfig(8, 32, 8), self.pool, (2,))
+        self.scheduler = Scheduler(SchedulerConfig(8, 32, 8), [self.pool], (2,))
         self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         self._tokens: dict[str, list[int]] = {}
         self._ends: dict[str, TokenEvent] = {}

@@ -10,14 +10,22 @@ def pool(num_pages: int = 8, page_size: int = 4, prefix_caching: bool = True) ->
     return PagePool(num_pages, page_size, prefix_caching=prefix_caching, key=b"k")
 
 
+def found(pages: PagePool, token_ids: list[int], salt: str = "") -> list[int]:
+    digests: list[bytes] = []
+    pages.extend(digests, token_ids, salt)
+    return pages.find(digests)
+
+
 def fill(pages: PagePool, token_ids: list[int]) -> list[int]:
     """Hold pages for token_ids as a sequence would that computes them all."""
-    held, digests = pages.find_prefix(token_ids)
-    held = held + pages.allocate(pages.pages_for(len(token_ids)) - len(held))
-    for index in range(len(digests), len(token_ids) // pages.page_size):
-        chunk = token_ids[index * pages.page_size : (index + 1) * pages.page_size]
-        digests.append(pages.next_digest(digests[-1] if digests else b"", chunk))
-        pages.remember(held[index], digests[-1])
+    digests: list[bytes] = []
+    pages.extend(digests, token_ids)
+    held = pages.find(digests)
+    known = len(held)
+    pages.hold(held)
+    held += pages.allocate(pages.pages_for(len(token_ids)) - known)
+    for page, digest in list(zip(held, digests, strict=False))[known:]:
+        pages.remember(page, digest)
     return held
 
 
@@ -52,18 +60,18 @@ def test_a_prefix_is_found_again() -> None:
     held = fill(pages, prompt)
     pages.release(held)
     assert pages.num_held == 0
-    assert pages.find_prefix(prompt)[0] == held
-    assert pages.find_prefix([*prompt, 9])[0] == held
-    assert pages.find_prefix(prompt[:-1])[0] == held[:1]
-    assert pages.find_prefix(prompt, salt="somebody else's")[0] == []
-    assert pages.find_prefix([7, *prompt])[0] == []  # same tokens elsewhere are another prefix
+    assert found(pages, prompt) == held
+    assert found(pages, [*prompt, 9]) == held
+    assert found(pages, prompt[:-1]) == held[:1]
+    assert found(pages, prompt, "somebody else's") == []
+    assert found(pages, [7, *prompt]) == []  # same tokens elsewhere are another prefix
     pages.check_integrity()
 
 
 def test_prefix_caching_off_finds_nothing() -> None:
     pages = pool(prefix_caching=False)
     pages.release(fill(pages, list(range(8))))
-    assert pages.find_prefix(list(range(9)))[0] == []
+    assert found(pages, list(range(9))) == []
     pages.check_integrity()
 
 
@@ -74,8 +82,8 @@ def test_eviction_takes_the_least_recently_used_and_the_tail_before_its_head() -
     pages.release(old)
     pages.release(new)
     pages.allocate(1)
-    assert pages.find_prefix([1] * 9)[0] == old[:1]
-    assert pages.find_prefix([2] * 9)[0] == new
+    assert found(pages, [1] * 9) == old[:1]
+    assert found(pages, [2] * 9) == new
     pages.check_integrity()
 
 

@@ -31,7 +31,7 @@ class Rig:
     ) -> None:
         prefix = prefix and window is None
         self.pool = PagePool(num_pages, page_size, prefix_caching=prefix, key=b"k")
-        self.scheduler = Scheduler(SchedulerConfig(max_running, budget, 1024), self.pool, (EOS,), window)
+        self.scheduler = Scheduler(SchedulerConfig(max_running, budget, 1024), [self.pool], (EOS,), window)
         self.group = FakeGroup(num_pages, page_size, window)
         self.under_way: deque[StepPlan] = deque()
         self.answers: dict[tuple[str, int], list[int]] = {}
@@ -41,11 +41,11 @@ class Rig:
     def add(self, key: str, prompt: list[int], max_tokens: int = 8, seed: int = 0, **rest: object) -> None:
         own = {name: rest.pop(name) for name in list(rest) if name in SamplingParams.__slots__}
         sampling = SamplingParams(max_tokens, seed=seed, **own)  # type: ignore[arg-type]
-        self.scheduler.add(key, Request(key, tuple(prompt), sampling, **rest))  # type: ignore[arg-type]
+        self.scheduler.add(key, Request(key, tuple(prompt), sampling, **rest), 0.0)  # type: ignore[arg-type]
 
     def step(self) -> StepPlan | None:
         """Hand out the next plan, then take in the result of the one before."""
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(0.0)
         self.scheduler.check_integrity()
         if plan is not None:
             self.under_way.append(plan)
@@ -312,7 +312,7 @@ def test_a_request_that_goes_on_without_its_first_choice_has_begun() -> None:
 def test_encoding_goes_through_the_same_steps(pooling: Pooling) -> None:
     rig = Rig(budget=4)
     rig.add("r", [7], max_tokens=12, ignore_eos=True)
-    rig.scheduler.add("e", EncodeRequest("e", tuple(range(3, 14)), pooling))
+    rig.scheduler.add("e", EncodeRequest("e", tuple(range(3, 14)), pooling), 0.0)
     rig.run()
     (event,) = [e for e in rig.events if isinstance(e, EncodeEvent)]
     assert event.rows == tuple((float(token),) for token in range(3, 14))

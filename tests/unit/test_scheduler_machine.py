@@ -61,7 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def encode(self, text: list[int]) -> None:
         key = self._key()
         self.encoded[key] = text
-        self.rig.scheduler.add(key, EncodeRequest(key, tuple(text), "all"))
+        self.rig.scheduler.add(key, EncodeRequest(key, tuple(text), "all"), 0.0)
 
     @rule(steps=st.integers(1, 5))
     def step(self, steps: int) -> None:

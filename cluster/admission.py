@@ -1,0 +1,51 @@
+"""Which data group a sequence goes to. A pure choice: nothing is held and nobody moves.
+
+    group   pages found for its first tokens   pages free   runs
+    0                     3                        40         5     chosen: most of it is there already
+    1                     0                        90         3
+
+A group that is full, or whose budget of this step is spent, is not asked. The sequence stays where it goes until it
+is preempted or done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+from cluster.data_group import DataGroup, GroupStep
+from cluster.sequence import Sequence
+
+# Prompts that begin alike must not all crowd into one group while others idle: what is found in a group that runs so
+# many more than the emptiest does not count.
+CROWD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    group: DataGroup
+    step: GroupStep
+    pages: list[int]  # that hold the sequence's first tokens there
+
+
+def choose_place(
+    sequence: Sequence, groups: Many[DataGroup], steps: Many[GroupStep], max_step_tokens: int
+) -> Place | None:
+    """The group with the longest prefix, then with the most free pages, then the first; None: it has to wait."""
+    if groups[0].pool.prefix_caching and not sequence.wants_all_rows:
+        groups[0].pool.extend(sequence.digests, sequence.token_ids, sequence.salt)
+    emptiest = min(len(group.running) for group in groups)
+    best, merit = None, (-1, -1)
+    for group, step in zip(groups, steps, strict=True):
+        # Whoever runs gets a token every step, so no more may run than the budget has tokens.
+        if not step.budget or len(group.running) >= max_step_tokens:
+            continue
+        pages = group.prefix(sequence)
+        if not group.fits(sequence, pages, max_step_tokens):
+            continue
+        leads = sequence.leader is not None and group.has_prompt_of(sequence.leader)
+        counts = leads or len(group.running) < emptiest + CROWD
+        this = (len(pages) if counts else 0, group.pool.num_available)
+        if this > merit:
+            best, merit = Place(group, step, pages), this
+    return best
