@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from deployments.settings import SettingsError
 logger = logging.getLogger("mixtral.access")
 
 STDOUT = "stdout"
-_PROBES = ("/health", "/ready")  # every few seconds, and they say nothing
+_PROBES = ("/health", "/ready", "/metrics")  # every few seconds, and they say nothing
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Record:
     cached_tokens: int = 0
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)  # of all choices
-    error: str | None = None  # the code of what was said in a stream instead of the rest
+    error: str | None = None  # the code of what was said instead of the answer, or instead of the rest of a stream
 
     def add(self, event: TokenEvent) -> None:
         if event.token_ids and self.first_token is None:
@@ -58,6 +58,9 @@ class Record:
         }
 
 
+Answered = Callable[[str, int, Record], None]  # told of every answer: the route's pattern, the status, what came of it
+
+
 def record_of(scope: MutableMapping[str, Any]) -> Record:
     """The request's; a new one where no log is kept."""
     record = scope.setdefault("state", {}).setdefault("record", Record())
@@ -74,8 +77,9 @@ def route_of(scope: MutableMapping[str, Any]) -> str:
 class AccessLog:
     """ASGI middleware, outermost: what is refused is logged too."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, answered: Answered) -> None:
         self.app = app
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or route_of(scope) in _PROBES:
@@ -95,6 +99,8 @@ class AccessLog:
             await self.app(scope, receive, watched)
         finally:
             logger.info(_line(scope, record, status, complete))
+            pattern = getattr(scope.get("route"), "path", "none")  # what the caller wrote may be anything
+            self._answered(pattern, 499 if status is None else status, record)
 
 
 def _line(scope: Scope, record: Record, status: int | None, complete: bool) -> str:

@@ -58,7 +58,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keys = self._live.keys
-        if scope["type"] == "http" and keys.required and route_of(scope) not in OPEN_ROUTES:
+        if scope["type"] == "http" and keys.required and not self._is_open(route_of(scope)):
             authorization = Headers(scope=scope).get("authorization")
             name = keys.name_of(authorization)
             if name is None:
@@ -68,6 +68,9 @@ class RequireKey:
                 return
             record_of(scope).key = name
         await self.app(scope, receive, send)
+
+    def _is_open(self, route: str) -> bool:
+        return route in OPEN_ROUTES or (route == "/metrics" and self._live.open_metrics)
 
 
 class KeyLimit:
@@ -90,6 +93,7 @@ class KeyLimit:
         if allowed is not None and self._running.get(key, 0) >= allowed:
             message = f"This API key has {allowed} requests running already, limits.max_concurrent_per_key here."
             error = ApiError(429, message, code="key_limit", retry_after_s=pace.retry_after_s())
+            record_of(scope).error = error.code
             await error.response()(scope, receive, send)
             return
         self._running[key] = self._running.get(key, 0) + 1

@@ -15,7 +15,7 @@ from cluster.errors import EngineError
 from cluster.messages import Request, TokenEvent
 from deployments.admission import Pace
 from deployments.errors import ApiError, from_engine
-from deployments.serving import Engine, Service
+from deployments.serving import Service
 
 # (which choice of the HTTP answer, what came), or None where nothing came for a while
 Item = tuple[int, TokenEvent] | None
@@ -31,9 +31,7 @@ async def run(service: Service, requests: Sequence[Request]) -> Answers:
     # What came, and each reader once it is done: well or not.
     queue: Queue = asyncio.Queue()
     watch = _Watch(service)
-    readers = [
-        asyncio.create_task(_read(service.engine, index, request, queue)) for index, request in enumerate(requests)
-    ]
+    readers = [asyncio.create_task(_read(service, index, request, queue)) for index, request in enumerate(requests)]
     for reader in readers:
         reader.add_done_callback(queue.put_nowait)
     try:
@@ -134,11 +132,13 @@ class _Watch:
             raise ApiError(504, message, code="deadline_exceeded")
 
 
-async def _read(engine: Engine, index: int, request: Request, queue: Queue) -> None:
+async def _read(service: Service, index: int, request: Request, queue: Queue) -> None:
     finished = 0
-    async for event in engine.generate(request):
-        finished += event.finish_reason is not None
-        queue.put_nowait((index * request.n + event.choice, event))
+    with service.metrics.timer(request.n) as timer:
+        async for event in service.engine.generate(request):
+            timer.event(event)
+            finished += event.finish_reason is not None
+            queue.put_nowait((index * request.n + event.choice, event))
     assert finished == request.n, f"{finished} of {request.n} choices of {request.request_id} ended"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -11,12 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
-from deployments.access_log import AccessLog
+from deployments.access_log import AccessLog, record_of
 from deployments.admission import KeyLimit, Pace, RequireKey
 from deployments.body import BodyLimit
 from deployments.errors import ApiError, internal
 from deployments.generation import Generation
 from deployments.live import Live
+from deployments.metrics import Metrics
 from deployments.pooling import Poolers
 from deployments.prompts import Prompts
 from deployments.resolve import Resolved
@@ -28,15 +29,28 @@ KEEP_ALIVE_S = 10.0  # a comment in streams where nothing comes, so that nobody 
 
 
 def create_app(
-    engine: Engine, resolved: Resolved, live: Live, *, replica: str = "local", keep_alive_s: float = KEEP_ALIVE_S
+    engine: Engine,
+    resolved: Resolved,
+    live: Live,
+    *,
+    replica: str = "local",
+    metrics: Metrics | None = None,
+    beside: AbstractContextManager[object] | None = None,
+    keep_alive_s: float = KEEP_ALIVE_S,
 ) -> FastAPI:
-    """The application owns the engine from here on: it stops it when it shuts down."""
-    service = Service(engine, resolved.model_names, resolved.fingerprint, live, Pace(), keep_alive_s)
+    """The application owns the engine from here on: it stops it when it shuts down.
+
+    metrics: those that the engine tells its steps. beside: what runs for as long as the application does.
+    """
+    metrics = metrics or Metrics(resolved.model_names[0], replica)
+    metrics.watch(engine)
+    service = Service(engine, resolved.model_names, resolved.fingerprint, live, Pace(), metrics, keep_alive_s)
     prompts = Prompts(engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        with beside or nullcontext():
+            yield
         await engine.stop()
 
     app = FastAPI(
@@ -44,7 +58,7 @@ def create_app(
         openapi_url=None,
         lifespan=lifespan,
         middleware=[
-            Middleware(AccessLog),
+            Middleware(AccessLog, answered=metrics.answered),
             Middleware(RequireKey, live=live),  # before the rest, so that a stranger costs nothing
             Middleware(KeyLimit, live=live),
             Middleware(BodyLimit, live=live),
@@ -63,8 +77,9 @@ def create_app(
     return app
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    record_of(request.scope).error = error.code
     return error.response()
 
 

@@ -16,6 +16,8 @@ from cluster.launch import launch
 from deployments import access_log
 from deployments.api import create_app
 from deployments.live import Live
+from deployments.metrics import Metrics
+from deployments.ray_metrics import RayMetrics
 from deployments.resolve import Resolved
 from deployments.serving import Engine
 from deployments.settings import environment
@@ -42,9 +44,12 @@ class Ingress:
         from ray.util.placement_group import get_current_placement_group
 
         logger.info("configuration\n%s", self._resolved.table())
-        self._engine = await launch(self._resolved.engine, get_current_placement_group())
         replica = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._engine, self._resolved, self._live, replica=replica)
+        metrics = Metrics(self._resolved.model_names[0], replica)
+        self._engine = await launch(self._resolved.engine, get_current_placement_group(), metrics)
+        return create_app(
+            self._engine, self._resolved, self._live, replica=replica, metrics=metrics, beside=RayMetrics(metrics)
+        )
 
     def check_health(self) -> None:
         """Raises when only a new replica helps. Reads a flag: a busy engine is not an ill one."""

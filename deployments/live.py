@@ -31,6 +31,7 @@ class Live:
         self._environment = environment
         self.limits = settings.limits
         self.keys = Keys(settings.auth, environment)
+        self.open_metrics = settings.auth.open_metrics
         self.problem: str | None = None  # with the last change; the one before is in force
 
     def apply(self, user_config: Mapping[str, Any] | None) -> None:
@@ -52,6 +53,7 @@ class Live:
             )
         keys = Keys(wanted.auth, self._environment)
         self.limits, self.keys, self.problem = wanted.limits, keys, None
+        self.open_metrics = wanted.auth.open_metrics
 
     def change(self, user_config: Mapping[str, Any] | None) -> None:
         """apply() for a server that has users already: what is wrong is logged and shown, and all goes on as before."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from cluster.messages import EncodeRequest, EngineStats, RankStatus, Request, TokenEvent
 from deployments.admission import Pace
 from deployments.live import Live
+from deployments.metrics import Metrics
 
 Task = Literal["generate", "embed", "classify", "token_classify", "question_answering"]
 
@@ -92,4 +93,5 @@ class Service:
     fingerprint: str  # of everything that decides which tokens a seed gives
     live: Live
     pace: Pace
+    metrics: Metrics
     keep_alive_s: float  # silence after which a stream gets a comment

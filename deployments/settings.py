@@ -65,6 +65,7 @@ class Limits(Section):
 class Auth(Section):
     api_keys_env: str | None = Field(default=None, min_length=1)  # name of the variable, never the key
     api_keys_file: str | None = Field(default=None, min_length=1)
+    open_metrics: bool = False  # GET /metrics without a key
 
 
 class Autoscaling(Section):

@@ -1,7 +1,8 @@
-"""GET routes about the server itself: /health, /ready, /v1/models, /openapi.json. None of them does any work."""
+"""GET routes about the server itself: health, readiness, metrics, models, the description of the API."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +28,7 @@ class Status:
         router.add_api_route("/health", self.health, methods=["GET"])
         router.add_api_route("/ready", self.ready, methods=["GET"])
         router.add_api_route("/openapi.json", self.openapi, methods=["GET"])
+        router.add_api_route("/metrics", self.metrics, methods=["GET"], include_in_schema=False)  # not JSON
         router.add_api_route("/v1/models", self.models, methods=["GET"])
         router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])  # names may hold slashes
         return router
@@ -54,6 +56,10 @@ class Status:
             return JSONResponse({"status": "ready"})
         states = {str(rank.rank): rank.state for rank in self._engine.ranks() if rank.state != "ready"}
         return JSONResponse({"status": "not ready", "ranks_not_ready": states}, 503)
+
+    async def metrics(self) -> Response:
+        text = await asyncio.to_thread(self._service.metrics.text)  # milliseconds, where there are many experts
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     async def openapi(self) -> Response:
         return JSONResponse(document())

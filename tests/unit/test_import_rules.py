@@ -19,7 +19,13 @@ FORBIDDEN = {
     "deployments": set(),
 }
 ONLY_IN = {
-    "ray": {"cluster/worker_group.py", "deployments/app.py", "deployments/ingress.py", "deployments/cli.py"},
+    "ray": {
+        "cluster/worker_group.py",
+        "deployments/app.py",
+        "deployments/cli.py",
+        "deployments/ingress.py",
+        "deployments/ray_metrics.py",
+    },
     "torch.distributed": {"cluster/process_group.py", "cluster/transport"},
 }
 WITHOUT_TORCH = {
