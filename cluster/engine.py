@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Literal
 
 from cluster.answer import Answers
-from cluster.config import EngineConfig
-from cluster.engine_loop import Abort, Add, Died, EngineLoop
+from cluster.config import EngineConfig, SchedulerConfig
+from cluster.engine_loop import Abort, Add, Died, EngineLoop, Limit
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.kv_pool import PagePool
 from cluster.messages import (
@@ -65,6 +65,7 @@ class Engine:
         self._model = model
         self.max_model_len = max_model_len
         self._config = config
+        self._limits = config.scheduler  # as they are now
         self._group = group
         # With a sliding window a sequence's first pages are given back: what is left of a prefix is of no use.
         prefix_caching = config.kv.prefix_caching and model.sliding_window is None
@@ -171,6 +172,15 @@ class Engine:
     def ranks(self) -> tuple[RankStatus, ...]:
         return self._group.ranks()
 
+    def limit(self, limits: SchedulerConfig) -> None:
+        """Admit by these limits from now on; whoever runs goes on. The ranks were built for those of the start."""
+        for name, least in (("max_running", 1), ("max_step_tokens", 1), ("max_waiting", 0)):
+            wanted, most = getattr(limits, name), getattr(self._config.scheduler, name)
+            if not least <= wanted <= most:
+                raise ValueError(f"{name} can be {least} to {most} while the server runs, not {wanted}")
+        self._limits = limits
+        self._loop.put(Limit(limits))
+
     def drain(self) -> None:
         """Take no more requests; those that run go on."""
         self._draining = True
@@ -196,8 +206,7 @@ class Engine:
             )
         if request_id in self._keys:
             raise RequestInvalid(f"request_id {request_id!r} is already running")
-        limits = self._config.scheduler
-        if len(self._streams) >= limits.max_running + limits.max_waiting:
+        if len(self._streams) >= self._limits.max_running + self._limits.max_waiting:
             raise QueueFull(f"{len(self._streams)} requests are running or waiting already", retry_after_s=1)
 
     async def _prepare(self, grammar: Grammar | None) -> None:

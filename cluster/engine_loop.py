@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from cluster.config import ParallelConfig
+from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.errors import StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.messages import EncodeRequest, EngineStats, Request, StepPlan, TokenEvent
@@ -53,7 +53,12 @@ class Died:
     cause: FailureCause = "died"
 
 
-Command = Add | Abort | Died | None  # None ends the loop
+@dataclass(frozen=True, slots=True)
+class Limit:
+    limits: SchedulerConfig
+
+
+Command = Add | Abort | Died | Limit | None  # None ends the loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +211,8 @@ class EngineLoop:
                 case Died(reason, epoch, cause):
                     if epoch == self._group.epoch:  # else that death has been dealt with
                         raise StepFailed(reason, cause)
+                case Limit(limits):
+                    self._scheduler.limit(limits)
                 case None:
                     return False
             wait = False

@@ -7,6 +7,7 @@ forgets a token or finds the wrong prefix gives wrong tokens here.
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cluster.errors import StepFailed
@@ -14,6 +15,7 @@ from cluster.messages import (
     LAST_SAMPLED,
     Grammar,
     RankStatus,
+    Routing,
     SequenceChunk,
     SequenceStart,
     StepPlan,
@@ -39,11 +41,12 @@ class _State:
 
 
 class FakeGroup:
-    def __init__(self, num_pages: int, page_size: int, window: int | None = None) -> None:
+    def __init__(self, num_pages: int, page_size: int, window: int | None = None, groups: int = 1) -> None:
         self._num_pages = num_pages
         self._page_size = page_size
         self._window = window
-        self._slots: dict[int, tuple[int, int]] = {}  # slot -> position and token
+        self._groups = range(groups)
+        self._slots: dict[tuple[int, int], tuple[int, int]] = {}  # group and slot -> position and token
         self._states: dict[int, _State] = {}
         self.plans: list[StepPlan] = []
         self.computed = 0  # tokens
@@ -54,6 +57,7 @@ class FakeGroup:
         self.steps = 0
         self.epoch = 0
         self.prepare_error: Exception | None = None
+        self.slot_rows: tuple[tuple[int, ...], ...] = ()  # what every step reports, if its plan wants the load
         self.stopped = False
 
     def start(self) -> int:
@@ -77,14 +81,16 @@ class FakeGroup:
         for start in plan.starts:
             assert start.seq not in self._states
             self._states[start.seq] = _State(start, len(start.token_ids) - start.num_prompt)
+        self._check_groups(plan)
         for chunk in plan.chunks:
             self._store(chunk)
         return self._result(plan)
 
-    def recover(self) -> None:
-        """Everything is forgotten."""
+    def recover(self, kept: Collection[int] = ()) -> None:
+        """Everything is forgotten, but for the pages of the groups that are kept."""
         self.epoch += 1
-        self.plans, self._states, self._slots = [], {}, {}
+        self.plans, self._states = [], {}
+        self._slots = {place: held for place, held in self._slots.items() if place[0] in kept}
 
     def prepare(self, grammar: Grammar) -> None:
         if self.prepare_error is not None:
@@ -95,6 +101,16 @@ class FakeGroup:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def _check_groups(self, plan: StepPlan) -> None:
+        """Chunks come group by group, and with several groups the plan says how many tokens each has."""
+        order = [self._states[chunk.seq].start.group for chunk in plan.chunks]
+        assert order == sorted(order)
+        assert set(order) <= set(self._groups)
+        tokens = dict.fromkeys(self._groups, 0)
+        for group, chunk in zip(order, plan.chunks, strict=True):
+            tokens[group] += len(chunk.token_ids)
+        assert plan.group_tokens == (tuple(tokens.values()) if len(tokens) > 1 else ())
 
     def _store(self, chunk: SequenceChunk) -> None:
         state = self._states[chunk.seq]
@@ -114,6 +130,7 @@ class FakeGroup:
         logprobs: dict[int, TokenLogprob] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
         pooled: dict[int, tuple[tuple[float, ...], ...]] = {}
+        routing: dict[int, Routing] = {}
         for chunk in plan.chunks:
             state = self._states[chunk.seq]
             end = chunk.start + len(chunk.token_ids)
@@ -134,6 +151,8 @@ class FakeGroup:
                 state.last_sampled = sampled[chunk.seq] = token
                 if sampling.logprobs is not None:
                     logprobs[chunk.seq] = TokenLogprob(token, -0.5, 1, ())
+                if sampling.return_routing:
+                    routing[chunk.seq] = (((token % 4, 0.75), (4, 0.25)),)
         failed = {plan.chunks[0].seq: self.fail_sequence} if self.fail_sequence else {}
         return StepResult(
             plan.step,
@@ -144,6 +163,8 @@ class FakeGroup:
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
             failed=failed,
+            routing=routing,
+            slot_rows=self.slot_rows if plan.report_load else (),
         )
 
     def _read(self, state: _State, position: int) -> int:
@@ -151,8 +172,10 @@ class FakeGroup:
         assert stored == position, "somebody else's page"
         return token
 
-    def _slot(self, state: _State, position: int) -> int:
-        return state.pages[position // self._page_size] * self._page_size + position % self._page_size
+    def _slot(self, state: _State, position: int) -> tuple[int, int]:
+        page = state.pages[position // self._page_size]
+        assert page < self._num_pages
+        return state.start.group, page * self._page_size + position % self._page_size
 
 
 class FakeStep:

@@ -387,3 +387,26 @@ async def test_a_deadline_passes_while_waiting() -> None:
         group.tickets.release(300)
         assert [(e.finish_reason, e.error) for e in await late] == [("error", "deadline")]
         assert [event async for event in first][-1].finish_reason == "length"
+
+
+async def test_limits_can_be_lowered_and_raised_again_while_requests_run() -> None:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(1)
+    built = SchedulerConfig(max_running=4, max_step_tokens=16, max_waiting=1)
+    async with running_engine(group, built) as engine:
+        first, second = (engine.generate(request(f"r{n}", max_tokens=50)) for n in range(2))
+        await anext(first)
+        engine.limit(SchedulerConfig(max_running=1, max_step_tokens=8, max_waiting=0))
+        with pytest.raises(QueueFull):
+            await collect(engine, request("third"))
+        engine.limit(built)
+        group.tickets.release(200)
+        assert [event async for event in second][-1].finish_reason == "length"
+        assert [event async for event in first][-1].finish_reason == "length"
+
+
+async def test_limits_cannot_leave_what_the_ranks_were_built_for() -> None:
+    async with running_engine() as engine:
+        for limits in (SchedulerConfig(9, 16, 8), SchedulerConfig(8, 0, 8), SchedulerConfig(8, 16, 9)):
+            with pytest.raises(ValueError, match="while the server runs"):
+                engine.limit(limits)

@@ -3,87 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from dataclasses import replace
 
 import pytest
 
 from cluster.config import SchedulerConfig
-from cluster.kv_pool import PagePool
-from cluster.messages import EncodeEvent, EncodeRequest, Pooling, Request, SamplingParams, StepPlan, TokenEvent
-from cluster.scheduler import Scheduler
-from tests.fake_group import FakeGroup, next_token
-
-EOS = 2
-
-
-class Rig:
-    """A scheduler and a fake group, stepped by hand."""
-
-    def __init__(
-        self,
-        *,
-        num_pages: int = 64,
-        page_size: int = 4,
-        budget: int = 16,
-        max_running: int = 8,
-        prefix: bool = True,
-        window: int | None = None,
-    ) -> None:
-        prefix = prefix and window is None
-        self.pool = PagePool(num_pages, page_size, prefix_caching=prefix, key=b"k")
-        self.scheduler = Scheduler(SchedulerConfig(max_running, budget, 1024), [self.pool], (EOS,), window)
-        self.group = FakeGroup(num_pages, page_size, window)
-        self.under_way: deque[StepPlan] = deque()
-        self.answers: dict[tuple[str, int], list[int]] = {}
-        self.reasons: dict[tuple[str, int], str] = {}
-        self.events: list[TokenEvent | EncodeEvent] = []
-
-    def add(self, key: str, prompt: list[int], max_tokens: int = 8, seed: int = 0, **rest: object) -> None:
-        own = {name: rest.pop(name) for name in list(rest) if name in SamplingParams.__slots__}
-        sampling = SamplingParams(max_tokens, seed=seed, **own)  # type: ignore[arg-type]
-        self.scheduler.add(key, Request(key, tuple(prompt), sampling, **rest), 0.0)  # type: ignore[arg-type]
-
-    def step(self) -> StepPlan | None:
-        """Hand out the next plan, then take in the result of the one before."""
-        plan = self.scheduler.schedule(0.0)
-        self.scheduler.check_integrity()
-        if plan is not None:
-            self.under_way.append(plan)
-        if self.under_way and (plan is None or len(self.under_way) == 2):
-            self.take_in()
-        return plan
-
-    def take_in(self) -> None:
-        plan = self.under_way.popleft()
-        for event in self.scheduler.postprocess(plan, self.group.step(plan).result()):
-            self.events.append(event)
-            if isinstance(event, TokenEvent):
-                choice = (event.request_id, event.choice)
-                assert choice not in self.reasons, "an event after the last one"
-                self.answers.setdefault(choice, []).extend(event.token_ids)
-                if event.finish_reason is not None:
-                    self.reasons[choice] = event.finish_reason
-        self.scheduler.check_integrity()
-
-    def run(self, steps: int = 10_000) -> None:
-        for _ in range(steps):
-            if not self.scheduler.has_work:
-                assert self.pool.num_held == 0
-                return
-            self.step()
-        raise AssertionError("the scheduler does not come to an end")
-
-    def of(self, key: str, choice: int = 0) -> list[int]:
-        return self.answers[key, choice]
-
-
-def alone(prompt: list[int], max_tokens: int = 8, seed: int = 0, window: int | None = None) -> list[int]:
-    tokens = list(prompt)
-    for index in range(max_tokens):
-        tokens.append(next_token(tokens if window is None else tokens[-window:], seed, index))
-        if tokens[-1] == EOS:
-            break
-    return tokens[len(prompt) :]
+from cluster.messages import EncodeEvent, EncodeRequest, Pooling, TokenEvent
+from tests.fake_group import next_token
+from tests.unit.scheduler_rig import EOS, Rig, alone
 
 
 def test_one_request() -> None:
@@ -326,12 +253,83 @@ def test_pages_behind_the_window_are_given_back() -> None:
     most = 0
     while rig.scheduler.has_work:
         rig.step()
-        most = max(most, rig.pool.num_held)
+        most = max(most, rig.pages_held)
     assert most <= 8 // 4 + 16 // 4 + 2
     tokens = list(prompt)
     for index in range(40):
         tokens.append(next_token(tokens[-8:], 0, index))
     assert rig.of("long") == tokens[len(prompt) :]
+
+
+def test_a_lower_limit_sends_nobody_away_who_runs() -> None:
+    rig = Rig(max_running=4)
+    for number in range(6):
+        rig.add(str(number), [number + 3], max_tokens=6, ignore_eos=True)
+    rig.step()
+    rig.scheduler.limit(SchedulerConfig(max_running=1, max_step_tokens=2))
+    running = []
+    while rig.scheduler.has_work:
+        plan = rig.step()
+        assert plan is None or plan.num_tokens <= 2
+        running.append(rig.scheduler.num_running)
+    assert running[0] == 4
+    assert running[running.index(1) :].count(2) == 0, "one at a time once the first four are done"
+    assert len(rig.reasons) == 6
+
+
+def test_a_waiting_request_says_how_long_it_waited() -> None:
+    rig = Rig(max_running=1)
+    rig.add("first", [3], max_tokens=3, ignore_eos=True, n=2)
+    rig.add("second", [4], max_tokens=3, ignore_eos=True)
+    for _ in range(20):
+        rig.now += 1.0
+        rig.step()
+    waited = [(e.request_id, e.choice, e.waited_s) for e in rig.events if isinstance(e, TokenEvent) and e.waited_s]
+    assert [(key, choice) for key, choice, _ in waited] == [("first", 0), ("second", 0)]
+    assert waited[0][2] == 1.0
+    assert waited[1][2] is not None
+    assert waited[1][2] > 3.0
+
+
+def test_routing_comes_with_its_token_to_whoever_asked() -> None:
+    rig = Rig()
+    rig.add("asked", [5, 6], max_tokens=4, ignore_eos=True, return_routing=True)
+    rig.add("other", [5, 7], max_tokens=4, ignore_eos=True)
+    rig.run()
+    routed = {key: [e for e in rig.events if e.request_id == key] for key in ("asked", "other")}
+    for event in routed["asked"]:
+        assert isinstance(event, TokenEvent)
+        assert event.routing == ((((event.token_ids[0] % 4, 0.75), (4, 0.25)),),)
+    assert all(isinstance(event, TokenEvent) and event.routing == () for event in routed["other"])
+
+
+def test_a_sequence_that_the_ranks_forgot_fails_alone() -> None:
+    rig = Rig()
+    rig.add("bad", [3, 4])
+    rig.add("good", [5, 6])
+    rig.step()
+    plan = rig.under_way.popleft()
+    result = rig.group.step(plan).result()
+    left_out = replace(result, seqs=result.seqs[1:], token_ids=result.token_ids[1:])
+    for event in rig.scheduler.postprocess(plan, left_out):
+        if isinstance(event, TokenEvent) and event.finish_reason is None:
+            rig.answers["good", 0] = list(event.token_ids)
+        else:
+            assert (event.request_id, event.error) == ("bad", "the ranks gave no token for it")
+    rig.run()
+    assert rig.of("good") == alone([5, 6])
+
+
+def test_a_pause_moves_the_deadlines_of_those_who_wait() -> None:
+    rig = Rig(max_running=1)
+    rig.add("runs", [3], max_tokens=40, ignore_eos=True)
+    rig.step()
+    rig.add("before", [4], deadline_s=5.0)
+    rig.scheduler.move_deadlines(10.0)
+    rig.add("after", [4], deadline_s=12.0)
+    assert rig.scheduler.expire(11.9) == []
+    assert [event.request_id for event in rig.scheduler.expire(14.9)] == ["after"]
+    assert [event.request_id for event in rig.scheduler.expire(15.0)] == ["before"]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -6,8 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cluster.config import SchedulerConfig
 from cluster.messages import EncodeEvent, EncodeRequest, TokenEvent
-from tests.unit.test_scheduler import Rig, alone
+from tests.unit.scheduler_rig import Rig, alone
 
 PROMPTS = st.lists(st.integers(3, 5), min_size=1, max_size=20)  # few tokens: many shared prefixes
 
@@ -19,9 +20,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 6),
         prefix=st.booleans(),
         window=st.sampled_from([None, None, 6]),
+        groups=st.integers(1, 3),
     )
-    def begin(self, num_pages: int, budget: int, max_running: int, prefix: bool, window: int | None) -> None:
-        self.rig = Rig(num_pages=num_pages, budget=budget, max_running=max_running, prefix=prefix, window=window)
+    def begin(
+        self, num_pages: int, budget: int, max_running: int, prefix: bool, window: int | None, groups: int
+    ) -> None:
+        self.rig = Rig(
+            num_pages=num_pages, budget=budget, max_running=max_running, prefix=prefix, window=window, groups=groups
+        )
+        self.groups = groups
         self.window = window
         self.wanted: dict[tuple[str, int], list[int]] = {}
         self.encoded: dict[str, list[int]] = {}
@@ -74,6 +81,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         key, choice = data.draw(st.sampled_from(sorted(self.wanted)))
         self.rig.scheduler.abort(key, None if whole else choice)
         self.gone |= {c for c in self.wanted if c[0] == key and (whole or c[1] == choice)}
+
+    @rule(data=st.data(), steps_done=st.integers(0, 2))
+    def lose(self, data: st.DataObject, steps_done: int) -> None:
+        lost = data.draw(st.sets(st.integers(0, self.groups - 1)))
+        self.rig.lose(lost, steps_done)
+
+    @rule(max_running=st.integers(1, 6), budget=st.integers(1, 24))
+    def limit(self, max_running: int, budget: int) -> None:
+        self.rig.scheduler.limit(SchedulerConfig(max_running, budget, 1024))
 
     @rule(seconds=st.floats(0, 3))
     def wait(self, seconds: float) -> None:

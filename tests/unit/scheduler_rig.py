@@ -1,0 +1,98 @@
+"""A scheduler and a fake group, stepped by hand, always one step ahead, as the engine drives them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+
+from cluster.config import SchedulerConfig
+from cluster.kv_pool import PagePool
+from cluster.messages import EncodeEvent, Request, SamplingParams, StepPlan, TokenEvent
+from cluster.scheduler import Scheduler
+from tests.fake_group import FakeGroup, next_token
+
+EOS = 2
+
+
+class Rig:
+    def __init__(
+        self,
+        *,
+        num_pages: int = 64,
+        page_size: int = 4,
+        budget: int = 16,
+        max_running: int = 8,
+        prefix: bool = True,
+        window: int | None = None,
+        groups: int = 1,
+    ) -> None:
+        prefix = prefix and window is None
+        self.pools = [PagePool(num_pages, page_size, prefix_caching=prefix, key=b"k") for _ in range(groups)]
+        self.scheduler = Scheduler(SchedulerConfig(max_running, budget, 1024), self.pools, (EOS,), window)
+        self.group = FakeGroup(num_pages, page_size, window, groups)
+        self.now = 0.0
+        self.under_way: deque[StepPlan] = deque()
+        self.answers: dict[tuple[str, int], list[int]] = {}
+        self.reasons: dict[tuple[str, int], str] = {}
+        self.events: list[TokenEvent | EncodeEvent] = []
+
+    def add(self, key: str, prompt: list[int], max_tokens: int = 8, seed: int = 0, **rest: object) -> None:
+        own = {name: rest.pop(name) for name in list(rest) if name in SamplingParams.__slots__}
+        sampling = SamplingParams(max_tokens, seed=seed, **own)  # type: ignore[arg-type]
+        self.scheduler.add(key, Request(key, tuple(prompt), sampling, **rest), self.now)  # type: ignore[arg-type]
+
+    def step(self) -> StepPlan | None:
+        """Hand out the next plan, then take in the result of the one before."""
+        plan = self.scheduler.schedule(self.now)
+        self.scheduler.check_integrity()
+        if plan is not None:
+            self.under_way.append(plan)
+        if self.under_way and (plan is None or len(self.under_way) == 2):
+            self.take_in()
+        return plan
+
+    def take_in(self) -> None:
+        plan = self.under_way.popleft()
+        for event in self.scheduler.postprocess(plan, self.group.step(plan).result()):
+            self.events.append(event)
+            if isinstance(event, TokenEvent):
+                choice = (event.request_id, event.choice)
+                assert choice not in self.reasons, "an event after the last one"
+                self.answers.setdefault(choice, []).extend(event.token_ids)
+                if event.finish_reason is not None:
+                    self.reasons[choice] = event.finish_reason
+        self.scheduler.check_integrity()
+
+    def lose(self, lost: Collection[int], steps_done: int = 0) -> None:
+        """Ranks of some groups die; of the steps under way the others have done so many, and nobody says so."""
+        for plan in list(self.under_way)[:steps_done]:
+            self.group.step(plan).result()
+        self.under_way.clear()
+        self.group.recover(kept=set(range(len(self.pools))) - set(lost))
+        self.scheduler.start_over(lost)
+        self.scheduler.check_integrity()
+
+    @property
+    def pages_held(self) -> int:
+        return sum(pool.num_held for pool in self.pools)
+
+    def run(self, steps: int = 10_000) -> None:
+        for _ in range(steps):
+            if not self.scheduler.has_work:
+                assert self.pages_held == 0
+                return
+            self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+    def of(self, key: str, choice: int = 0) -> list[int]:
+        return self.answers[key, choice]
+
+
+def alone(prompt: list[int], max_tokens: int = 8, seed: int = 0, window: int | None = None) -> list[int]:
+    """The answer to a request that never met another one."""
+    tokens = list(prompt)
+    for index in range(max_tokens):
+        tokens.append(next_token(tokens if window is None else tokens[-window:], seed, index))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
