@@ -42,7 +42,7 @@ class Alone:
 class Together:
     row_B: Tensor
     slots: Tensor  # where every sequence's keys in sight lie, each filled up to M keys, flattened
-    mask_B11M: Tensor  # hides the filling
+    mask_B11M: Tensor  # float32, hides the filling
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Planner:
         # Filled with the sequence's own: what another one left in memory must not reach it, not even times zero.
         slots_BM = slots_BM.where(~hidden_BM, slots_BM[:, :1])
         row_B = torch.tensor([span.row for span in spans])
-        mask_B11M = self._mask(hidden_BM)[:, None, None]
+        mask_B11M = self._mask(hidden_BM, torch.float32)[:, None, None]
         return Together(row_B.to(self.device), slots_BM.flatten().to(self.device), mask_B11M)
 
     def _window_mask(self, span: SequenceSpan) -> Tensor:
@@ -101,11 +101,11 @@ class Planner:
         first = self._oldest(span)
         position_L1 = torch.arange(span.context - span.length, span.context)[:, None]
         distance_LM = position_L1 - torch.arange(first, span.context)
-        return self._mask((distance_LM < 0) | (distance_LM >= self.window))
+        return self._mask((distance_LM < 0) | (distance_LM >= self.window), self.dtype)
 
-    def _mask(self, hidden: Tensor) -> Tensor:
+    def _mask(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """What to add to scores."""
-        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf")).to(self.device)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(self.device)
 
     def _in_sight(self, span: SequenceSpan) -> tuple[slice, ...]:
         return tuple(slot_runs(span, self._oldest(span), span.context, self.page_size))
