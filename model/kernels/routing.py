@@ -1,0 +1,102 @@
+"""Which experts a token goes to, and where each expert's pairs lie, without asking the host.
+
+S: tokens.  E: experts.  K: experts per token.  P: token-expert pairs, S * K.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS = 16  # that one program chooses for
+ONE_PROGRAM = 1 << 14  # pairs times experts that one program sorts; more are sorted by torch
+
+
+def choose_experts(logits_SE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Each token's likeliest experts, best first, and the softmax over them: int64 and float32, (S, K)."""
+    S, E = logits_SE.shape
+    assert logits_SE.is_contiguous()
+    expert_SK = torch.empty(S, experts_per_token, dtype=torch.int64, device=logits_SE.device)
+    weight_SK = torch.empty(S, experts_per_token, dtype=torch.float32, device=logits_SE.device)
+    if S:
+        _choose[(triton.cdiv(S, TOKENS),)](
+            logits_SE, expert_SK, weight_SK, S, E, K=experts_per_token, TOKENS=TOKENS,
+            PLACES=triton.next_power_of_2(experts_per_token), EXPERTS=triton.next_power_of_2(E),
+        )  # fmt: skip
+    return expert_SK, weight_SK
+
+
+def sort_pairs(expert_SK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The stable order of all pairs by expert, (P,), and where each expert's begin in it and the last one's end, (E + 1,).
+
+    expert_SK   [[2 0] [0 1]]  ->  pairs 0..3 have experts 2 0 0 1  ->  order [1 2 3 0], first [0 2 3 4]
+    """
+    flat_P = expert_SK.reshape(-1)
+    P = len(flat_P)
+    pairs, experts = triton.next_power_of_2(max(P, 1)), triton.next_power_of_2(num_experts)
+    if pairs * experts > ONE_PROGRAM:
+        expert_P, order_P = torch.sort(flat_P, stable=True)
+        borders = torch.arange(num_experts + 1, device=flat_P.device)
+        return order_P.int(), torch.searchsorted(expert_P, borders, out_int32=True)
+    order_P = torch.empty(P, dtype=torch.int32, device=flat_P.device)
+    first = torch.empty(num_experts + 1, dtype=torch.int32, device=flat_P.device)
+    _sort[(1,)](flat_P, order_P, first, P, num_experts, PAIRS=pairs, EXPERTS=experts)
+    return order_P, first
+
+
+@triton.jit
+def _choose(
+    logits_ptr: tl.tensor,
+    expert_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    S: int,
+    E: int,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PLACES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+) -> None:
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    expert = tl.arange(0, EXPERTS)[None, :]
+    place = tl.arange(0, PLACES)[None, :]
+    logits = tl.load(logits_ptr + token * E + expert, mask=(token < S) & (expert < E), other=0.0)
+    logits = tl.where(expert < E, logits, -float("inf"))
+    chosen = tl.zeros((TOKENS, PLACES), tl.int32)
+    best = tl.full((TOKENS, PLACES), -float("inf"), tl.float32)
+    for k in tl.static_range(K):
+        highest = tl.max(logits, axis=1)[:, None]
+        # Logits that are no numbers must not name an expert that is not there.
+        lowest_id = tl.minimum(tl.min(tl.where(logits == highest, expert, EXPERTS), axis=1), E - 1)[:, None]
+        chosen = tl.where(place == k, lowest_id, chosen)
+        best = tl.where(place == k, highest, best)
+        logits = tl.where(expert == lowest_id, -float("inf"), logits)
+    weight = tl.exp(best - tl.max(best, axis=1)[:, None])
+    weight = weight / tl.sum(weight, axis=1)[:, None]
+    inside = (token < S) & (place < K)
+    tl.store(expert_ptr + token * K + place, chosen.to(tl.int64), mask=inside)
+    tl.store(weight_ptr + token * K + place, weight, mask=inside)
+
+
+@triton.jit
+def _sort(
+    expert_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    P: int,
+    E: int,
+    PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+) -> None:
+    pair = tl.arange(0, PAIRS)
+    expert = tl.arange(0, EXPERTS)[None, :]
+    own = tl.load(expert_ptr + pair, mask=pair < P, other=-1).to(tl.int32)[:, None]
+    mine = (own == expert).to(tl.int32)  # one 1 in every pair's row
+    up_to_here = tl.cumsum(mine, axis=0)
+    count = tl.sum(mine, axis=0)[None, :]
+    begin = tl.cumsum(count, axis=1) - count
+    position = tl.sum(mine * (begin + up_to_here - 1), axis=1)
+    tl.store(order_ptr + position, pair, mask=pair < P)
+    tl.store(first_ptr + expert, begin, mask=expert < E)
+    tl.store(first_ptr + E, P)

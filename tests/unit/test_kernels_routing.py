@@ -1,0 +1,64 @@
+"""Choosing and sorting on the device against torch's top-k and stable sort."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from model.exchange import sort_by_expert
+from model.moe import route
+
+pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
+
+from model.kernels import routing
+from model.kernels.routing import choose_experts, sort_pairs
+
+SHAPES = [(1, 8, 2), (33, 8, 2), (7, 3, 3), (16, 5, 1), (5, 17, 4), (2, 1, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), SHAPES)
+def test_the_likeliest_experts_and_their_weights(tokens: int, experts: int, per_token: int) -> None:
+    logits_SE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens))
+    expected = route(logits_SE, torch.eye(experts), per_token)
+    expert_SK, weight_SK = choose_experts(logits_SE, per_token)
+    assert torch.equal(expert_SK, expected.expert_SK)
+    torch.testing.assert_close(weight_SK, expected.weight_SK)
+
+
+def test_equal_logits_choose_different_experts_the_lowest_first() -> None:
+    expert_SK, weight_SK = choose_experts(torch.zeros(2, 8), 3)
+    assert expert_SK.tolist() == [[0, 1, 2], [0, 1, 2]]
+    torch.testing.assert_close(weight_SK, torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
+    expert_SK, _ = choose_experts(torch.full((3, 5), torch.nan), 2)
+    assert ((expert_SK >= 0) & (expert_SK < 5)).all()
+
+
+@pytest.mark.parametrize("one_program", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), SHAPES)
+def test_the_order_is_stable_and_borders_are_right(
+    tokens: int, experts: int, per_token: int, one_program: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not one_program:
+        monkeypatch.setattr(routing, "ONE_PROGRAM", 0)
+    rng = random.Random(tokens)
+    expert_SK = torch.tensor([[rng.randrange(experts) for _ in range(per_token)] for _ in range(tokens)])
+    order_P, first = sort_pairs(expert_SK, experts)
+    expected_P, rows = sort_by_expert(expert_SK, experts)
+    assert torch.equal(order_P.long(), expected_P)
+    assert first.diff().tolist() == rows
+    assert first[0] == 0
+    assert {order_P.dtype, first.dtype} == {torch.int32}
+
+
+def test_no_tokens() -> None:
+    expert_SK, weight_SK = choose_experts(torch.empty(0, 4), 2)
+    assert expert_SK.shape == weight_SK.shape == (0, 2)
+    order_P, first = sort_pairs(expert_SK, 4)
+    assert order_P.shape == (0,)
+    assert first.tolist() == [0] * 5
