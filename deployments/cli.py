@@ -106,8 +106,8 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
             serve.run(bind(resolved), name=name, route_prefix=route_prefix)
         except RuntimeError as error:
             raise SettingsError(f"the model could not be started: {_reason(name) or error}") from None
-        print(f"\n{greeting(resolved, address, route_prefix)}", flush=True)
         try:
+            print(f"\n{greeting(resolved, address, route_prefix)}", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print("\nFinishing the answers that run; Ctrl-C again ends them now.", file=sys.stderr, flush=True)

@@ -1,19 +1,26 @@
-"""What the files of this folder share: a tiny checkpoint and the servers that answer with it.
+"""What the files of this folder share: a tiny checkpoint, and the servers (fleet.py).
 
-A server takes seconds to start, so each kind is started once for all files.
+server       one rank, no keys            two_ranks    with a key
+each_server  both of these, in turn       demo         as a newcomer starts it
+broken       cannot start                 serve_run    Serve's own command with the shipped file
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
+import yaml
 
-from tests.e2e.server import Server, serving
+from tests.e2e.fleet import Fleet, Kind
+from tests.e2e.server import REPOSITORY, Server, answers, eventually, free_port, mixtral_serve
 from tests.tiny import write_checkpoint
 
 CHAT_TEMPLATE = (
@@ -37,26 +44,104 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids=["1 rank", "2 ranks"])
-def server(request: pytest.FixtureRequest, checkpoint: Path, access_log: Path) -> Iterator[Server]:
-    settings = [f"parallel.tensor={request.param}", f"access_log={access_log}"]
-    with serving("--model", str(checkpoint), *(f"--set={setting}" for setting in settings)) as server:
-        yield server
+@pytest.fixture(scope="session")
+def access_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every server here that has the tiny checkpoint: lines are appended."""
+    return tmp_path_factory.mktemp("log") / "access.jsonl"
 
 
 @pytest.fixture(scope="session")
-def access_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every shared server: lines are appended."""
-    return tmp_path_factory.mktemp("log") / "access.jsonl"
+def broken_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its header is right, its weights end too early: no layout check finds that, only reading them."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("models") / "broken")
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    return directory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fleet(
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    broken_checkpoint: Path,
+    access_log: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Fleet]:
+    """Starts what the chosen tests ask for; the fixtures below wait until it is there."""
+    # A shell starts what runs in its background with Ctrl-C ignored, and so would be every server started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tiny = ["--model", str(checkpoint), "--set", f"access_log={access_log}"]
+    pair = [*tiny, "--set", "auth.api_keys_env=KEYS", "--set", "parallel.tensor=2"]
+    ray_directory = tempfile.mkdtemp(prefix="mixtral-test-", dir="/tmp")  # a short path: sockets lie in it
+    run_file = tmp_path_factory.mktemp("serve_run") / "serve_config.yaml"
+    kinds = {
+        "server": Kind(lambda: mixtral_serve(*tiny)),
+        "two_ranks": Kind(lambda: mixtral_serve(*pair, environment={"KEYS": "open-sesame"}, key="open-sesame")),
+        "demo": Kind(mixtral_serve),
+        "broken": Kind(lambda: mixtral_serve("--model", str(broken_checkpoint)), Server.wait),
+        "serve_run": Kind(lambda: _serve_run(run_file, checkpoint, ray_directory), _ready),
+    }
+    asked = {fixture for item in request.session.items for fixture in item.fixturenames}
+    if "each_server" in asked:
+        asked |= {"server", "two_ranks"}
+    fleet = Fleet({name: kind for name, kind in kinds.items() if name in asked})
+    yield fleet
+    fleet.end()
+    shutil.rmtree(ray_directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server(fleet: Fleet) -> Server:
+    return fleet["server"]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(fleet: Fleet) -> Server:
+    return fleet["two_ranks"]
+
+
+@pytest.fixture(scope="session", params=["server", "two_ranks"], ids=["1 rank", "2 ranks"])
+def each_server(request: pytest.FixtureRequest, fleet: Fleet) -> Server:
+    return fleet[request.param]
+
+
+@pytest.fixture(scope="session")
+def demo(fleet: Fleet) -> Server:
+    return fleet["demo"]
+
+
+@pytest.fixture(scope="session")
+def broken(fleet: Fleet) -> Server:
+    return fleet["broken"]
+
+
+@pytest.fixture(scope="session")
+def serve_run(fleet: Fleet) -> Server:
+    return fleet["serve_run"]
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=60) as client:
+    with server.client() as client:
         yield client
 
 
-@pytest.fixture(autouse=True, scope="session")
-def interruptible() -> None:
-    """A shell starts what runs in its background with Ctrl-C ignored, and so would be every server started here."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture
+def each_client(each_server: Server) -> Iterator[openai.OpenAI]:
+    with each_server.client() as client:
+        yield client
+
+
+def _serve_run(file: Path, checkpoint: Path, ray_directory: str) -> Server:
+    """The shipped file with another port and model, and a limit from where it can be changed in place."""
+    config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
+    port = config["http_options"]["port"] = free_port()
+    config["applications"][0]["route_prefix"] = "/prefix"
+    config["applications"][0]["deployments"] = [{"name": "ingress", "user_config": {"limits": {"max_n": 2}}}]
+    file.write_text(yaml.safe_dump(config))
+    environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": ray_directory, "MIXTRAL_MODEL": str(checkpoint)}
+    return Server([str(Path(sys.executable).with_name("serve")), "run", str(file)], port, environment)
+
+
+def _ready(server: Server) -> None:
+    eventually(lambda: answers(f"{server.url}/prefix/ready"), "the application is ready", timeout_s=120)

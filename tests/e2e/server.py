@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import httpx
+import openai
 
 REPOSITORY = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
@@ -33,11 +36,21 @@ def eventually(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> N
         time.sleep(0.05)
 
 
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 class Server:
     """A command that serves. Its output is read by a thread, so that it never blocks on a full pipe."""
 
-    def __init__(self, command: Sequence[str], port: int, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], port: int, environment: dict[str, str] | None = None, key: str = "none"
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self.key = key  # what its clients send
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
@@ -51,6 +64,13 @@ class Server:
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def client(self, path: str = "/v1") -> openai.OpenAI:
+        return openai.OpenAI(api_key=self.key, base_url=self.url + path, max_retries=0, timeout=120)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
 
     def wait_for(self, text: str) -> None:
         """Until a line of the output holds the text."""
@@ -67,11 +87,40 @@ class Server:
         """The exit status, once the process has ended by itself. The output is complete then."""
         status = self.process.wait(STOP_TIMEOUT_S)
         self._reader.join(STOP_TIMEOUT_S)
-        while (line := self._lines.get(timeout=STOP_TIMEOUT_S)) is not None:
-            self.output += line
+        while not self._lines.empty():
+            self.output += self._lines.get() or ""
         return status
 
+    def processes(self) -> dict[int, str]:
+        """What still runs of its session, by process id; zombies have ended."""
+        lines = subprocess.run(["ps", "-eo", "sess=,pid=,stat=,args="], capture_output=True, text=True, check=True)
+        rows = [line.split(None, 3) for line in lines.stdout.splitlines()]
+        return {int(row[1]): row[3] for row in rows if row[0] == str(self.process.pid) and not row[2].startswith("Z")}
+
+    def belongings(self) -> set[Path]:
+        """Its directory of logs and sockets, and the shared memory that its processes have mapped."""
+        found: set[str] = set()
+        for pid, command in self.processes().items():
+            try:
+                maps = Path(f"/proc/{pid}/maps").read_text()
+            except OSError:  # it has just ended
+                continue
+            found.update(re.findall(r"/tmp/mixtral-\w+|/dev/shm/[^\s(]+", command + maps))
+        return set(map(Path, found))
+
+    def leaves_nothing(self, belongings: set[Path]) -> bool:
+        return not self.processes() and not any(path.exists() for path in belongings)
+
+    def stop(self) -> None:
+        """As Kubernetes or a shell ends it: it takes itself away completely, and has nothing to complain about."""
+        belongings = self.belongings()
+        self.process.terminate()
+        assert self.wait() == 0, self.output
+        assert "Traceback" not in self.output
+        eventually(lambda: self.leaves_nothing(belongings), "everything ended and was taken away")
+
     def close(self) -> None:
+        """However it went."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -90,17 +139,7 @@ class Server:
         self._lines.put(None)
 
 
-def mixtral_serve(*arguments: str, port: int, environment: dict[str, str] | None = None) -> Server:
+def mixtral_serve(*arguments: str, environment: dict[str, str] | None = None, key: str = "none") -> Server:
     code = "import sys; from deployments.cli import main; sys.exit(main())"
-    return Server([sys.executable, "-c", code, "serve", "--port", str(port), *arguments], port, environment)
-
-
-@contextmanager
-def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """A `mixtral-serve serve` that answers, with anything it prints on failure in the assertion."""
-    server = mixtral_serve(*arguments, port=free_port(), environment=environment)
-    try:
-        server.wait_for("answers at")
-        yield server
-    finally:
-        server.close()
+    port = free_port()
+    return Server([sys.executable, "-c", code, "serve", "--port", str(port), *arguments], port, environment, key)

@@ -43,7 +43,9 @@ def test_choices_with_their_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_an_answer_parsed_into_a_type(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.parse(model="tiny", messages=ASK, response_format=Weather, max_tokens=100)
+    answer = client.chat.completions.parse(
+        model="tiny", messages=ASK, response_format=Weather, logit_bias=NO_LINES, seed=3, max_tokens=200
+    )
     assert isinstance(answer.choices[0].message.parsed, Weather)
 
 
