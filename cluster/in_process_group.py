@@ -17,7 +17,7 @@ from cluster.placement import Placement
 from cluster.step_clock import StepClock
 from cluster.worker import Worker
 from cluster.worker_group import PendingStep
-from model.comm import SoloComm
+from model.comm import alone
 
 
 class InProcessGroup:
@@ -34,13 +34,13 @@ class InProcessGroup:
     def start(self) -> int:
         self._num_pages = page_budget(self._config, [self._worker.load()], self._tokens_per_sequence)
         # On the thread that will step: torch's number of threads is each thread's own to set.
-        self._thread.submit(self._worker.join, SoloComm(), self._num_pages).result()
+        self._thread.submit(self._worker.join, alone(), self._num_pages).result()
         self._status = replace(self._status, state="ready")
         return self._num_pages
 
     def recover(self) -> None:
         self.epoch += 1
-        self._thread.submit(self._worker.join, SoloComm(), self._num_pages).result()
+        self._thread.submit(self._worker.join, alone(), self._num_pages).result()
 
     def step(self, plan: StepPlan) -> PendingStep:
         return self._thread.submit(self._step, plan)

@@ -54,7 +54,14 @@ async def _launch(config: EngineConfig, make_group: GroupFactory, observer: Obse
     if model.unknown:
         log.warning("config.json has fields that nobody here knows: %s", ", ".join(model.unknown))
     tokenizer = load_tokenizer(directory)
-    placement = even_placement(model.num_hidden_layers, model.num_local_experts, config.parallel.tensor)
+    parallel = config.parallel
+    placement = even_placement(
+        model.num_hidden_layers,
+        model.num_local_experts,
+        parallel.ranks,
+        slices=parallel.expert_slices,
+        spare_slots=parallel.spare_slots,
+    )
     wanted = config.max_model_len or model.max_position_embeddings
     held = held_at_once(config, wanted, model.sliding_window)
     group = make_group(config, placement, held)

@@ -1,7 +1,9 @@
-"""Forming and leaving a group of ranks: one rendezvous store per group, an explicit timeout and interface.
+"""Forming and leaving groups of ranks: one rendezvous store, an explicit timeout and interface.
+
+    tensor 2, data 2    world 0 1 2 3    tensor groups 0 1 | 2 3    rank = data group * tensor + place in it
 
 Groups are objects, not torch.distributed's process-wide default: a rank can leave one and join the next
-without a trace of the first. The prefix keeps the groups of successive epochs apart in one store.
+without a trace of the first. Prefixes keep apart the groups, and their successive epochs, in one store.
 """
 
 from __future__ import annotations
@@ -14,18 +16,19 @@ import torch.distributed as dist
 
 from cluster.transport.gloo import GlooComm
 from cluster.transport.shared_memory import Layout, SharedMemoryComm, create_file
-from model.comm import Comm
+from model.comm import Comm, Groups, SoloComm
 
 Transport = Literal["shared_memory", "gloo"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the ranks of one group meet. Filled by rank 0's store and the worker group."""
+    """Where all ranks meet. Filled by rank 0's store and the worker group."""
 
     host: str  # the address rank 0's store listens at
     port: int
     size: int
+    tensor: int  # ranks in each tensor group
     epoch: int = 0
     transport: Transport = "gloo"
     timeout_s: float = 60.0  # of every collective: longer than any step, shorter than a user's patience
@@ -48,8 +51,21 @@ class Transported(Comm, Protocol):
         """Make this rank's collectives raise, now and from now on. Callable from another thread."""
 
 
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """One rank's place in its groups."""
+
+    groups: Groups
+    connections: tuple[Transported, ...]  # the groups that other ranks are in
+
+    def abort(self) -> None:
+        """Make this rank's collectives raise, in whichever group. Callable from another thread."""
+        for connection in self.connections:
+            connection.abort()
+
+
 def open_store(rendezvous: Rendezvous) -> Store:
-    """The store at which a group meets; whoever opens it keeps it while the group lives. Port 0: any free one."""
+    """The store at which ranks meet; whoever opens it keeps it while the groups live. Port 0: any free one."""
     store: Store = dist.TCPStore(
         rendezvous.host,
         rendezvous.port,
@@ -61,23 +77,35 @@ def open_store(rendezvous: Rendezvous) -> Store:
     return store
 
 
-def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Transported:
-    """This rank's end of the group; returns when all ranks have joined. Rank 0 brings the store it opened."""
-    timeout = timedelta(seconds=rendezvous.timeout_s)
+def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Membership:
+    """This rank's end of its groups; returns when all ranks have joined. Rank 0 brings the store it opened."""
     if store is None:
+        timeout = timedelta(seconds=rendezvous.timeout_s)
         store = dist.TCPStore(
             rendezvous.host, rendezvous.port, is_master=False, timeout=timeout, wait_for_workers=False
         )
-    prefixed = dist.PrefixStore(f"epoch-{rendezvous.epoch}", store)
+    group, place = divmod(rank, rendezvous.tensor)
+    world = _connect(rendezvous, "world", rank, rendezvous.size, own_address, store)
+    if rendezvous.tensor == rendezvous.size:
+        return Membership(Groups(world, world), (world,))
+    if rendezvous.tensor == 1:
+        return Membership(Groups(world, SoloComm()), (world,))
+    tensor = _connect(rendezvous, f"tensor-{group}", place, rendezvous.tensor, own_address, store)
+    return Membership(Groups(world, tensor), (world, tensor))
+
+
+def _connect(rendezvous: Rendezvous, name: str, rank: int, size: int, own_address: str, store: Store) -> Transported:
+    """One group's end, for the rank that is number `rank` in it."""
+    prefixed = dist.PrefixStore(f"epoch-{rendezvous.epoch}/{name}", store)
     match rendezvous.transport:
         case "shared_memory":
-            layout = Layout(rendezvous.size)
+            layout = Layout(size)
             if rank == 0:
                 prefixed.set("path", create_file(layout))
             return SharedMemoryComm(prefixed.get("path").decode(), rank, layout, rendezvous.timeout_s)
         case "gloo":
             options = dist.ProcessGroupGloo._Options()
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]
-            options._timeout = timeout
+            options._timeout = timedelta(seconds=rendezvous.timeout_s)
             options._threads = 1  # collectives run one after another; more threads only fight the compute threads
-            return GlooComm(dist.ProcessGroupGloo(prefixed, rank, rendezvous.size, options))
+            return GlooComm(dist.ProcessGroupGloo(prefixed, rank, size, options))

@@ -11,42 +11,43 @@ import threading
 from cluster.config import EngineConfig
 from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
-from cluster.process_group import Rendezvous, Store, Transport, Transported, join, open_store
+from cluster.process_group import Membership, Rendezvous, Store, Transport, join, open_store
 from cluster.worker import Worker
-from model.comm import SoloComm
+from model.comm import alone
 
 
 class RankActor:
     def __init__(self, rank: int, config: EngineConfig, placement: Placement) -> None:
         self._rank = rank
+        self._tensor = config.parallel.tensor
         self._worker = Worker(rank, config, placement)
         self._ended = threading.Event()
         self._store: Store | None = None
-        self._comm: Transported | None = None
+        self._membership: Membership | None = None
 
     def load(self) -> WorkerFacts:
         return self._worker.load()
 
     def open_store(self, own_address: str, size: int, epoch: int, transport: Transport) -> Rendezvous:
         """Rank 0 only: a meeting point for the group."""
-        rendezvous = Rendezvous(own_address, 0, size, epoch, transport)
+        rendezvous = Rendezvous(own_address, 0, size, self._tensor, epoch, transport)
         self._store = open_store(rendezvous)
         return rendezvous.at(self._store.port)
 
     def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int) -> None:
         """Take a place in the group; None: there is nobody else."""
-        self._comm = None
+        self._membership = None
         if rendezvous is not None:
-            self._comm = join(rendezvous, self._rank, own_address, self._store)
-        self._worker.join(self._comm or SoloComm(), num_pages)
+            self._membership = join(rendezvous, self._rank, own_address, self._store)
+        self._worker.join(alone() if self._membership is None else self._membership.groups, num_pages)
 
     def step(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)
 
     def abort(self) -> None:
         """Nothing else can unblock a rank that waits for another one in a collective."""
-        if self._comm is not None:
-            self._comm.abort()
+        if self._membership is not None:
+            self._membership.abort()
 
     def prepare(self, grammar: Grammar) -> None:
         self._worker.prepare(grammar)

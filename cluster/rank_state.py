@@ -56,21 +56,25 @@ class StepInput:
 
 
 class RankState:
-    """`samples`: this rank chooses tokens; the others learn them from it."""
+    """Of the sequences of one data group. `samples`: this rank chooses tokens; the others learn them from it."""
 
-    def __init__(self, eos_ids: Sequence[int], vocab_size: int, make_matcher: MakeMatcher, *, samples: bool) -> None:
+    def __init__(
+        self, eos_ids: Sequence[int], vocab_size: int, make_matcher: MakeMatcher, *, group: int, samples: bool
+    ) -> None:
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
         self._make_matcher = make_matcher
+        self._group = group
         self._samples = samples
         self.sequences: dict[int, SequenceState] = {}
 
     def take(self, plan: StepPlan, kv: KVCache, device: torch.device) -> StepInput:
         """Note what the plan says of sequences; the step's input."""
         for number in plan.releases:
-            del self.sequences[number]
+            self.sequences.pop(number, None)  # it may be another group's
         for start in plan.starts:
-            self.sequences[start.seq] = self._begin(start)
+            if start.group == self._group:
+                self.sequences[start.seq] = self._begin(start)
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -78,7 +82,9 @@ class RankState:
         rows: list[int] = []
         wanted: list[Wanted] = []
         for chunk in plan.chunks:
-            state = self.sequences[chunk.seq]
+            state = self.sequences.get(chunk.seq)
+            if state is None:
+                continue  # another group's: that nobody's chunks are missing is seen from group_tokens
             state.extend(chunk.new_pages)
             first, end = len(token_ids), chunk.start + len(chunk.token_ids)
             spans.append(SequenceSpan(first, len(chunk.token_ids), end, tuple(state.runs)))

@@ -17,17 +17,18 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from cluster.all_to_all import AllReduce, AllToAll, SlotTables
+from cluster.all_to_all import AllReduce, AllToAll, GroupedAllReduce, SlotTables
 from cluster.config import EngineConfig
 from cluster.errors import StepFailed
+from cluster.messages import Exchange as ExchangeMode
 from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
 from cluster.placement import Placement
 from cluster.rank_state import RankState, Wanted
 from cluster.sampling import choose, token_logprobs
 from model.checkpoint import load_weights
-from model.comm import Comm
+from model.comm import Groups
 from model.config import load_config
-from model.exchange import Exchange, OneRank
+from model.exchange import Exchange, OneRank, SlotLoad
 from model.grammar import CompiledGrammar, GrammarCompiler
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
@@ -42,11 +43,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Worker:
     def __init__(self, rank: int, config: EngineConfig, placement: Placement) -> None:
         self.rank = rank
+        self._group, tensor_rank = divmod(rank, config.parallel.tensor)
+        self._samples = tensor_rank == 0
+        self._shard = Shard(
+            tensor_rank,
+            config.parallel.tensor,
+            placement.slots_of(rank),
+            expert_slice=rank % placement.slices,
+            expert_slices=placement.slices,
+        )
         self._config = config
         self._placement = placement
         self._device = torch.device(config.device)
         self._dtype = DTYPES[config.dtype]
         self._stages = Stages()
+        self._kv: KVCache | None = None
         torch.set_num_threads(config.parallel.threads_per_rank)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> WorkerFacts:
@@ -54,7 +65,6 @@ class Worker:
         began = monotonic()
         directory = Path(self._config.model_path)
         self._model_config = load_config(directory)
-        self._shard = Shard(self.rank, self._config.parallel.tensor, self._placement.slots_of(self.rank))
         read = 0
 
         def count(done: int, total: int) -> None:
@@ -70,6 +80,7 @@ class Worker:
         self._compiler = GrammarCompiler(
             self._tokenizer.vocabulary, self._tokenizer.eos_ids, self._model_config.vocab_size
         )
+        self._load = SlotLoad(self._model_config.num_hidden_layers, self._placement.slots_per_rank)
         page = KVCache.bytes_per_page(self._model_config, self._shard, self._config.kv.page_size, self._dtype)
         return WorkerFacts(
             pid=os.getpid(),
@@ -81,24 +92,27 @@ class Worker:
             free_bytes=self._free_bytes(),
         )
 
-    def join(self, comm: Comm, num_pages: int) -> None:
-        """Take a place among the ranks and get ready for the first step."""
-        self._comm = comm
-        self._model = Mixtral(self._model_config, self._weights, tensor=comm, stages=self._stages)
-        self._tables = SlotTables(self._placement, self.rank, self._device)
-        self._kv = KVCache(
-            self._model_config,
-            self._shard,
-            num_pages=num_pages,
-            page_size=self._config.kv.page_size,
-            dtype=self._dtype,
-            device=self._device,
-        )
+    def join(self, groups: Groups, num_pages: int) -> None:
+        """Take a place among the ranks and get ready for the first step. Pages keep what they held."""
+        self._groups = groups
+        self._model = Mixtral(self._model_config, self._weights, tensor=groups.tensor, stages=self._stages)
+        self._tables = SlotTables(self._placement, self._device)
+        if self._kv is None or self._kv.num_pages != num_pages:
+            self._kv = None  # its memory is free before the new one's is taken
+            self._kv = KVCache(
+                self._model_config,
+                self._shard,
+                num_pages=num_pages,
+                page_size=self._config.kv.page_size,
+                dtype=self._dtype,
+                device=self._device,
+            )
         self._state = RankState(
             self._tokenizer.eos_ids,
             self._model_config.vocab_size,
             lambda grammar: self.prepare(grammar).matcher(),
-            samples=self.rank == 0,
+            group=self._group,
+            samples=self._samples,
         )
         self._next_step = 0
 
@@ -112,13 +126,19 @@ class Worker:
             raise StepFailed(f"rank {self.rank} was given step {plan.step} but expected step {self._next_step}")
         self._next_step += 1
         self._stages.start("build")
+        assert self._kv is not None
+        group_tokens = plan.group_tokens or (plan.num_tokens,)
         step = self._state.take(plan, self._kv, self._device)
-        hidden_RD = self._model.forward(step.batch, self._kv, self._exchange(plan))
+        assert len(step.batch.token_ids_T) == group_tokens[self._group], "ranks would disagree about shapes"
+        hidden_RD = self._model.forward(step.batch, self._kv, self._exchange(plan.exchange, group_tokens))
         prompt_logprobs = {w.seq: self._judge(w, hidden_RD) for w in step.wanted if w.targets}
-        pooled = self._pool([w for w in step.wanted if w.pools], hidden_RD)
         sampling = [w for w in step.wanted if w.samples]
         token_ids, logprobs = self._sample(sampling, hidden_RD)
-        states = [self._state.sequences[chunk.seq] for chunk in plan.chunks]
+        slot_rows = self._load.take() if plan.report_load else ()
+        if not self._samples:
+            return StepResult(plan.step, (), (), StepTimes(**self._stages.take()), slot_rows=slot_rows)
+        pooled = self._pool([w for w in step.wanted if w.pools], hidden_RD)
+        states = [state for chunk in plan.chunks if (state := self._state.sequences.get(chunk.seq)) is not None]
         return StepResult(
             plan.step,
             tuple(w.seq for w in sampling),
@@ -128,17 +148,18 @@ class Worker:
             prompt_logprobs,
             pooled,
             failed={s.start.seq: s.sampled.error for s in states if s.sampled is not None and s.sampled.error},
+            slot_rows=slot_rows,
         )
 
     def _sample(self, wanted: Sequence[Wanted], hidden_RD: Tensor) -> tuple[tuple[int, ...], dict[int, TokenLogprob]]:
-        """The next token of each sequence: rank 0 chooses, the others are told."""
+        """The next token of each sequence: the first rank of a tensor group chooses, the others are told."""
         if not wanted:
             return (), {}
         logits_RV = self._model.logits(hidden_RD[[w.rows[-1] for w in wanted]])
         self._stages.start("sample")
         states = [self._state.sequences[w.seq] for w in wanted]
         logprobs: dict[int, TokenLogprob] = {}
-        if self.rank == 0:
+        if self._samples:
             sequences = [state.sampled for state in states if state.sampled is not None]
             ids_R = choose(logits_RV, sequences)
             top = {r: n for r, s in enumerate(sequences) if (n := s.sampling.logprobs) is not None}
@@ -147,9 +168,9 @@ class Worker:
                 logprobs = {wanted[r].seq: logprob for r, logprob in zip(top, found, strict=True)}
         else:
             ids_R = torch.empty(len(wanted), dtype=torch.int64, device=self._device)
-        if self._comm.size > 1:
+        if self._groups.tensor.size > 1:
             self._stages.start("exchange")
-            ids_R = self._comm.broadcast(ids_R, 0)
+            ids_R = self._groups.tensor.broadcast(ids_R, 0)
         token_ids = tuple(ids_R.tolist())
         for state, token_id in zip(states, token_ids, strict=True):
             state.last_sampled = token_id
@@ -165,7 +186,7 @@ class Worker:
             targets = wanted.targets[first : first + HEAD_ROWS]
             row = wanted.rows[0] + first
             logits_RV = self._model.logits(hidden_RD[row : row + len(targets)])
-            if self.rank == 0:
+            if self._samples:
                 targets_R = torch.tensor(targets, device=self._device)
                 found += token_logprobs(logits_RV, targets_R, [sampling.prompt_logprobs] * len(targets))
         return tuple(found)
@@ -183,14 +204,16 @@ class Worker:
                 pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
         return pooled
 
-    def _exchange(self, plan: StepPlan) -> Exchange:
-        match plan.exchange:
+    def _exchange(self, mode: ExchangeMode, group_tokens: Sequence[int]) -> Exchange:
+        match mode:
             case "none":
-                return OneRank(self._model_config.num_local_experts)
+                return OneRank(self._model_config.num_local_experts, self._load)
             case "all_to_all":
-                return AllToAll(self._comm, self._tables, plan.num_tokens)
+                return AllToAll(self._groups, self._tables, group_tokens, self._load)
+            case "all_reduce" if len(group_tokens) == 1:
+                return AllReduce(self._groups.world, self._tables, group_tokens[0], self._load)
             case "all_reduce":
-                return AllReduce(self._comm, self._tables)
+                return GroupedAllReduce(self._groups, self._tables, group_tokens, self._load)
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -20,6 +20,7 @@ from cluster.messages import Grammar, RankStatus, StepPlan, StepResult, WorkerFa
 from cluster.placement import Placement
 from cluster.process_group import Transport
 from cluster.rank_actor import RankActor
+from cluster.results import merge
 from cluster.step_clock import StepClock
 from cluster.transport import shared_memory
 
@@ -117,7 +118,7 @@ class RayGroup:
             self.stop()
 
     def step(self, plan: StepPlan) -> PendingStep:
-        return _RayStep([rank.actor.step.remote(plan) for rank in self._ranks.values()], self._clock)
+        return _RayStep([rank.actor.step.remote(plan) for rank in self._ranks.values()], self._clock, self._placement)
 
     def prepare(self, grammar: Grammar) -> None:
         _get([self._ranks[0].actor.prepare.options(concurrency_group="control").remote(grammar)])
@@ -141,7 +142,7 @@ class RayGroup:
 
     def _fill(self) -> None:
         """Start and load the ranks that are missing."""
-        missing = [rank for rank in range(self._config.parallel.tensor) if rank not in self._ranks]
+        missing = [rank for rank in range(self._config.parallel.ranks) if rank not in self._ranks]
         actors = [self._create(rank) for rank in missing]
         try:
             facts: list[WorkerFacts] = _get([actor.load.remote() for actor in actors])
@@ -260,9 +261,10 @@ class _RayRank(RankActor):
 
 
 class _RayStep:
-    def __init__(self, references: list[Any], clock: StepClock) -> None:
+    def __init__(self, references: list[Any], clock: StepClock, placement: Placement) -> None:
         self._references = references
         self._clock = clock
+        self._placement = placement
 
     def result(self) -> StepResult:
         import ray
@@ -272,7 +274,7 @@ class _RayStep:
         except ray.exceptions.RayError as error:
             raise StepFailed(self._culprit(error)) from error
         self._clock.tick()
-        return results[0]
+        return merge(results, self._placement)
 
     def _culprit(self, error: Exception) -> str:
         """Which rank failed, and how, in one sentence."""

@@ -68,6 +68,12 @@ class Groups:
     tensor: Comm  # the ranks that share this rank's sequences: attention, vocabulary, sampled ids
 
 
+def alone() -> Groups:
+    """The groups of the only rank there is."""
+    solo = SoloComm()
+    return Groups(solo, solo)
+
+
 def split_rows(total: int, parts: int) -> list[int]:
     """How `total` rows are dealt to `parts` ranks: evenly, the first ranks take the remainder."""
     base, extra = divmod(total, parts)

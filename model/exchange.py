@@ -10,6 +10,7 @@ Several ranks: cluster/all_to_all.py. The block is the same code either way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +55,22 @@ class Exchange(Protocol):
         """Send the experts' outputs back and sum them per token, weighted, in routing order."""
 
 
+class SlotLoad:
+    """How many rows each of this rank's slots has computed, layer by layer."""
+
+    def __init__(self, num_layers: int, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._rows = [[0] * num_slots for _ in range(num_layers)]
+
+    def add(self, layer: int, rows: Sequence[int]) -> None:
+        self._rows[layer] = [before + more for before, more in zip(self._rows[layer], rows, strict=True)]
+
+    def take(self) -> tuple[tuple[int, ...], ...]:
+        """All there were since the last time."""
+        rows, self._rows = self._rows, [[0] * self._num_slots for _ in self._rows]
+        return tuple(map(tuple, rows))
+
+
 def sort_by_expert(expert_SK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """The stable order that groups token-expert pairs by expert, and how many pairs each expert has.
 
@@ -75,9 +92,14 @@ def weighted_sum(y_PD: Tensor, weight_SK: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class OneRank:
-    """The exchange of a single process: nothing moves but rows into expert order and back."""
+    """The exchange of a single process: nothing moves but rows into expert order and back.
+
+    num_experts   of every layer, in slots of the same number
+    load          where computed rows are counted
+    """
 
     num_experts: int
+    load: SlotLoad | None = None
 
     def share(self, x_TD: Tensor) -> Tensor:
         return x_TD
@@ -91,6 +113,8 @@ class OneRank:
     def dispatch(self, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Dispatched:
         order_P, rows = sort_by_expert(expert_SK, self.num_experts)
         token_P = order_P // expert_SK.shape[1]
+        if self.load is not None:
+            self.load.add(layer, rows)
         return Dispatched(x_SD.index_select(0, token_P), rows, order_P, weight_SK)
 
     def combine(self, dispatched: Dispatched, y_ND: Tensor) -> Tensor:

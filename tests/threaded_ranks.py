@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.transport.shared_memory import Layout, SharedMemoryComm, create_file
+from model.comm import Groups, SoloComm
 
 
 def on_ranks(
@@ -23,3 +24,16 @@ def on_ranks(
         results = [future.result() for future in futures]
     assert not Path(path).exists()
     return results
+
+
+def on_groups(tensor: int, data: int, function: Callable[[Groups], Any]) -> list[Any]:
+    """The same for ranks of `data` groups: function(groups) on each."""
+    layout = Layout(tensor, 4096)
+    paths = [create_file(layout) if tensor > 1 else "" for _ in range(data)]
+
+    def rank_main(world: SharedMemoryComm) -> Any:
+        group, place = divmod(world.rank, tensor)
+        alone = SoloComm()
+        return function(Groups(world, SharedMemoryComm(paths[group], place, layout, 10) if tensor > 1 else alone))
+
+    return on_ranks(tensor * data, rank_main)

@@ -24,16 +24,17 @@ def run_ranks(
     size: int,
     function: Callable[..., Any],
     *args: Any,
+    tensor: int | None = None,
     transport: Transport = "gloo",
     survivors: set[int] | None = None,
     timeout_s: float = 60.0,
 ) -> list[Any]:
-    """function(comm, *args) on every rank; the survivors' (default: all) results in rank order.
+    """function(groups, *args) on every rank; the survivors' (default: all) results in rank order.
 
-    One failure fails all, with its traceback.
+    Ranks form tensor groups of `tensor` (default: one of all). One failure fails all, with its traceback.
     """
     context = multiprocessing.get_context("fork")
-    rendezvous = Rendezvous(LOOPBACK, 0, size, transport=transport, timeout_s=timeout_s)
+    rendezvous = Rendezvous(LOOPBACK, 0, size, tensor or size, transport=transport, timeout_s=timeout_s)
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
@@ -78,7 +79,7 @@ def _rank_main(
             pipe.send(rendezvous)
         else:
             rendezvous = pipe.recv()
-        answer = (None, function(join(rendezvous, rank, LOOPBACK, store), *args))
+        answer = (None, function(join(rendezvous, rank, LOOPBACK, store).groups, *args))
     except BaseException:
         answer = (traceback.format_exc(), None)
     # As plain bytes: the pipe's own pickling would share tensors by handles that die with this process.

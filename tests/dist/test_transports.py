@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster.process_group import Transport
 from cluster.transport import shared_memory
-from model.comm import Comm, split_rows
+from model.comm import Comm, Groups, split_rows
 from tests.dist.ranks import run_ranks
 
 D = 5
@@ -21,7 +21,11 @@ def rank_rows(rank: int, rows: int) -> Tensor:
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(rank))
 
 
-def every_collective(comm: Comm, total: int) -> dict[str, Tensor]:
+def every_collective(groups: Groups, total: int) -> dict[str, Tensor]:
+    return collectives(groups.world, total)
+
+
+def collectives(comm: Comm, total: int) -> dict[str, Tensor]:
     rows = split_rows(total, comm.size)
     whole = rank_rows(comm.rank, total)
     send = [(comm.rank + other) % 3 for other in range(comm.size)]
@@ -37,7 +41,7 @@ def every_collective(comm: Comm, total: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("total", [1, 7])  # one row: some ranks have none
+@pytest.mark.parametrize("total", [0, 1, 7])  # one row: some ranks have none
 def test_collectives(transport: Transport, size: int, total: int) -> None:
     results = run_ranks(size, every_collective, total, transport=transport)
     rows = split_rows(total, size)
@@ -58,13 +62,28 @@ def test_collectives(transport: Transport, size: int, total: int) -> None:
         assert torch.equal(result["all_to_all"], torch.cat(expected))
 
 
+def both_groups(groups: Groups) -> tuple[float, float, bool]:
+    """Collectives of the tensor group between those of the world; group 1 has one more of them."""
+    mine = torch.full((1, 1), float(groups.world.rank))
+    in_group = sum(float(groups.tensor.all_reduce(mine.clone())) for _ in range(1 + groups.world.rank // 2))
+    return in_group, float(groups.world.all_reduce(mine.clone())), groups.tensor is groups.world
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_tensor_groups_are_groups_of_their_own(transport: Transport) -> None:
+    assert run_ranks(4, both_groups, tensor=2, transport=transport) == [(1, 6, False)] * 2 + [(10, 6, False)] * 2
+    assert run_ranks(2, both_groups, tensor=1, transport=transport) == [(0, 1, False), (1, 1, False)]
+    assert run_ranks(2, both_groups, transport=transport) == [(1, 1, True)] * 2
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_disagreeing_counts_are_our_mistake(transport: Transport) -> None:
     with pytest.raises(AssertionError, match="3 rows to send"):
-        run_ranks(2, lambda comm: comm.all_to_all(torch.zeros(3, D), [1, 1], [1, 1]), transport=transport)
+        run_ranks(2, lambda groups: groups.world.all_to_all(torch.zeros(3, D), [1, 1], [1, 1]), transport=transport)
 
 
-def lose_a_peer(comm: Comm) -> str:
+def lose_a_peer(groups: Groups) -> str:
+    comm = groups.world
     if comm.rank == 1:
         os._exit(1)
     try:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from cluster.all_to_all import AllReduce, AllToAll, SlotTables
-from cluster.placement import even_placement
+from cluster.all_to_all import AllReduce, AllToAll, GroupedAllReduce, SlotTables
+from cluster.placement import Placement, even_placement
 from cluster.transport.shared_memory import supported
-from model.comm import Comm
-from model.exchange import OneRank
-from tests.threaded_ranks import on_ranks
+from model.comm import Groups, split_rows
+from model.exchange import Exchange, OneRank, SlotLoad
+from tests.threaded_ranks import on_groups
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
 
 D = 6
+CPU = torch.device("cpu")
 
 
 def routed(T: int, E: int, K: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, K different experts for each, and their weights."""
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(T, D, generator=generator)
-    expert_TK = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)]) if T else torch.empty(0, K)
+    expert_TK = torch.rand(T, E, generator=generator).topk(K).indices
     weight_TK = torch.rand(T, K, generator=generator)
-    return x_TD, expert_TK.long(), weight_TK
+    return x_TD, expert_TK, weight_TK
 
 
-def expert(number: int, x_nD: Tensor) -> Tensor:
-    """Something that neither commutes with the sum nor is the same for two experts."""
-    return torch.sin(x_nD * (number + 1)) + number
+def expert(number: int, x_nD: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+    """Something that neither commutes with the sum nor is the same for two experts; or one of its parts."""
+    shares = torch.tensor([1.0, -2.0, 5.0, 3.0])[:parts]
+    return (torch.sin(x_nD * (number + 1)) + number) * (shares[part] / shares.sum())
 
 
 def definition(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -40,9 +45,10 @@ def definition(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
     return torch.stack(rows) if rows else x_TD  # type: ignore[arg-type]
 
 
-def compute(x_ND: Tensor, rows: list[int], experts: tuple[int, ...]) -> Tensor:
+def compute(x_ND: Tensor, rows: list[int], experts: tuple[int, ...], part: int = 0, parts: int = 1) -> Tensor:
     assert sum(rows) == len(x_ND)
-    return torch.cat([expert(e, part) for e, part in zip(experts, torch.split(x_ND, rows), strict=True)])
+    each = zip(experts, torch.split(x_ND, rows), strict=True)
+    return torch.cat([expert(e, rows_nD, part, parts) for e, rows_nD in each])
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
@@ -55,48 +61,112 @@ def test_one_rank(T: int, K: int) -> None:
     torch.testing.assert_close(got, definition(x_TD, expert_TK, weight_TK))
 
 
-@pytest.mark.parametrize(("ranks", "experts"), [(2, 8), (2, 5), (3, 4), (4, 3)])
-@pytest.mark.parametrize("T", [1, 13])
-def test_all_to_all(ranks: int, experts: int, T: int) -> None:
-    x_TD, expert_TK, weight_TK = routed(T, experts, 2, seed=T)
-    placement = even_placement(2, experts, ranks)
+@dataclass(frozen=True)
+class Case:
+    tensor: int
+    data: int
+    experts: int
+    slices: int = 1
+    spare: int = 0
 
-    def rank_main(comm: Comm) -> Tensor:
-        exchange = AllToAll(comm, SlotTables(placement, comm.rank, x_TD.device), T)
-        x_SD, expert_SK, weight_SK = (exchange.share(x) for x in (x_TD, expert_TK, weight_TK))
+    @property
+    def placement(self) -> Placement:
+        """Of the second of two layers; the first has its experts elsewhere."""
+        even = even_placement(2, self.experts, self.tensor * self.data, self.slices, self.spare)
+        return replace(even, expert_of=(even.expert_of[0][::-1], even.expert_of[1]))
+
+
+CASES = [
+    Case(2, 1, 8),
+    Case(2, 1, 5),
+    Case(3, 1, 4),
+    Case(4, 1, 3),
+    Case(2, 1, 8, spare=2),
+    Case(4, 1, 4, slices=2),
+    Case(4, 1, 4, slices=4),
+    Case(1, 2, 8),
+    Case(1, 3, 4, spare=1),
+    Case(2, 2, 4),
+    Case(2, 2, 5, slices=2, spare=1),
+    Case(1, 4, 3, slices=4),
+]
+
+
+def exchange_of(mode: str, groups: Groups, tables: SlotTables, group_tokens: list[int], load: SlotLoad) -> Exchange:
+    match mode, len(group_tokens):
+        case "all_to_all", _:
+            return AllToAll(groups, tables, group_tokens, load)
+        case "all_reduce", 1:
+            return AllReduce(groups.world, tables, group_tokens[0], load)
+        case _:
+            return GroupedAllReduce(groups, tables, group_tokens, load)
+
+
+@pytest.mark.parametrize("mode", ["all_to_all", "all_reduce"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("tokens", [(0, 1, 0, 0), (13, 0, 4, 9)], ids=["one", "many"])  # of group 0, 1, 2, 3
+def test_every_layout_gives_what_the_definition_says(mode: str, case: Case, tokens: tuple[int, ...]) -> None:
+    group_tokens = [max(tokens)] if case.data == 1 else list(tokens[: case.data])
+    placement = case.placement
+    inputs = [routed(T, case.experts, min(2, case.experts), seed=group) for group, T in enumerate(group_tokens)]
+
+    def rank_main(groups: Groups) -> tuple[Tensor, tuple[int, ...]]:
+        rank = groups.world.rank
+        load = SlotLoad(2, placement.slots_per_rank)
+        exchange = exchange_of(mode, groups, SlotTables(placement, CPU), group_tokens, load)
+        x_SD, expert_SK, weight_SK = (exchange.share(x) for x in inputs[rank // case.tensor])
         sent = exchange.dispatch(1, x_SD, expert_SK, weight_SK)
-        y_SD = exchange.combine(sent, compute(sent.x_ND, sent.rows, placement.slots_of(comm.rank)[1]))
-        return exchange.gather(y_SD)
+        held = placement.slots_of(rank)[1]
+        y_ND = compute(sent.x_ND, sent.rows, held, rank % case.slices, case.slices)
+        nothing, rows = load.take()
+        assert sum(nothing) == 0
+        return exchange.gather(exchange.combine(sent, y_ND)), rows
 
-    for got in on_ranks(ranks, rank_main):
-        torch.testing.assert_close(got, definition(x_TD, expert_TK, weight_TK))
-
-
-@pytest.mark.parametrize(("ranks", "experts"), [(2, 8), (2, 5), (3, 4), (4, 3)])
-@pytest.mark.parametrize("T", [1, 13])
-def test_all_reduce(ranks: int, experts: int, T: int) -> None:
-    x_TD, expert_TK, weight_TK = routed(T, experts, 2, seed=T)
-    placement = even_placement(2, experts, ranks)
-
-    def rank_main(comm: Comm) -> tuple[Tensor, int]:
-        exchange = AllReduce(comm, SlotTables(placement, comm.rank, x_TD.device))
-        sent = exchange.dispatch(1, exchange.share(x_TD), expert_TK, weight_TK)
-        y_TD = exchange.combine(sent, compute(sent.x_ND, sent.rows, placement.slots_of(comm.rank)[1]))
-        return exchange.gather(y_TD), len(sent.x_ND)
-
-    results = on_ranks(ranks, rank_main)
-    for got, _ in results:
-        torch.testing.assert_close(got, definition(x_TD, expert_TK, weight_TK))
-        assert torch.equal(got, results[0][0])
-    assert sum(rows for _, rows in results) == 2 * T, "every pair is computed once, replicas or not"
+    results = on_groups(case.tensor, case.data, rank_main)
+    for rank, (got, _) in enumerate(results):
+        torch.testing.assert_close(got, definition(*inputs[rank // case.tensor]))
+        assert torch.equal(got, results[rank // case.tensor * case.tensor][0]), (
+            "a group's ranks go on with the same bits"
+        )
+    # Every pair is computed once by each slice, and counted by all of them.
+    pairs = Counter(e for _, expert_TK, _ in inputs for e in expert_TK.flatten().tolist())
+    for part in range(case.slices):
+        rows = [n for rank in range(part, len(results), case.slices) for n in results[rank][1]]
+        counted: Counter[int] = Counter()
+        for e, n in zip(placement.expert_of[1], rows, strict=True):
+            counted[e] += n
+        assert +counted == pairs
 
 
-def test_the_share_of_the_sum() -> None:
+def test_replicas_take_turns() -> None:
+    """Expert 0 sits on both ranks: half of its tokens go to each, whoever sends them."""
+    placement = Placement(2, 2, ((0, 1, 0, 2),))
+    expert_TK, x_TD = torch.zeros(12, 1, dtype=torch.int64), torch.zeros(12, D)
+
+    def rank_main(groups: Groups) -> dict[str, list[int]]:
+        found = {}
+        for mode in ("all_to_all", "all_reduce"):
+            load = SlotLoad(1, 2)
+            exchange = exchange_of(mode, groups, SlotTables(placement, CPU), [12], load)
+            sent = exchange.dispatch(0, *(exchange.share(x) for x in (x_TD, expert_TK, torch.ones(12, 1))))
+            exchange.combine(sent, sent.x_ND)
+            found[mode] = sent.rows
+        return found
+
+    assert on_groups(2, 1, rank_main) == [{"all_to_all": [6, 0], "all_reduce": [6, 0]}] * 2
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_the_share_of_the_sum(data: int) -> None:
     partial = torch.arange(14.0).view(7, 2)
+    group_tokens = [3, 7][-data:]
 
-    def rank_main(comm: Comm) -> tuple[Tensor, Tensor]:
-        exchange = AllToAll(comm, SlotTables(even_placement(1, 2, 2), comm.rank, partial.device), 7)
-        return exchange.share(partial), exchange.reduce(partial * (comm.rank + 1))
+    def rank_main(groups: Groups) -> tuple[Tensor, Tensor]:
+        exchange = AllToAll(groups, SlotTables(even_placement(1, 2, 2 * data), CPU), group_tokens)
+        own = partial[: group_tokens[groups.world.rank // 2]]
+        return exchange.share(own), exchange.reduce(own * (groups.tensor.rank + 1))
 
-    for share, reduced in on_ranks(2, rank_main):
+    results = on_groups(2, data, rank_main)
+    for rank, (share, reduced) in enumerate(results):
+        assert len(share) == split_rows(group_tokens[rank // 2], 2)[rank % 2]
         assert torch.equal(reduced, share * 3)

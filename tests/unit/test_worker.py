@@ -11,7 +11,7 @@ from cluster.errors import StepFailed
 from cluster.messages import LAST_SAMPLED, Pooling, SamplingParams, SequenceChunk, SequenceStart, StepPlan
 from cluster.placement import even_placement
 from cluster.worker import Worker
-from model.comm import SoloComm
+from model.comm import alone
 from tests.tiny import CONFIG, write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, seed=0)
@@ -28,7 +28,7 @@ def worker(tmp_path: Path) -> Worker:
     made = Worker(0, EngineConfig(str(directory), kv=KVConfig(page_size=4)), even_placement(2, 4, 1))
     facts = made.load()
     assert facts.bytes_per_page == 2 * 2 * 4 * CONFIG["num_key_value_heads"] * 16 * 4  # K and V, layers, slots, heads
-    made.join(SoloComm(), num_pages=8)
+    made.join(alone(), num_pages=8)
     return made
 
 

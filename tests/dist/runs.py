@@ -1,0 +1,122 @@
+"""Requests run through the scheduler in one process, and the same plans on several ranks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
+from cluster.kv_pool import PagePool
+from cluster.messages import EncodeRequest, Exchange, Request, SamplingParams, StepPlan, StepResult, TokenEvent
+from cluster.placement import Placement, even_placement
+from cluster.results import merge
+from cluster.scheduler import Scheduler
+from cluster.worker import Worker
+from model.comm import Groups, alone
+from model.config import load_config
+
+PAGE = 4
+TOKENS = 24  # of each answer
+PAGES = {1: 28, 2: 14}  # in each group; so few that somebody is preempted
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one process gave."""
+
+    plans: tuple[StepPlan, ...]
+    results: tuple[StepResult, ...]
+    texts: dict[tuple[str, int], tuple[int, ...]]  # request and choice -> its tokens
+    preemptions: int
+
+
+def engine_config(directory: Path, parallel: ParallelConfig) -> EngineConfig:
+    return EngineConfig(
+        str(directory),
+        parallel=parallel,
+        kv=KVConfig(page_size=PAGE),
+        scheduler=SchedulerConfig(max_running=4, max_step_tokens=12),
+    )
+
+
+def placement_for(directory: Path, parallel: ParallelConfig) -> Placement:
+    model = load_config(directory)
+    return even_placement(
+        model.num_hidden_layers,
+        model.num_local_experts,
+        parallel.ranks,
+        parallel.expert_slices,
+        parallel.spare_slots,
+    )
+
+
+def requests() -> list[Request | EncodeRequest]:
+    """Greedy and seeded, prompts with a common beginning, penalties, log-probabilities, two choices, one embedding."""
+    shared = tuple(range(20, 34))
+    wanted: list[Request | EncodeRequest] = [EncodeRequest("pooled", (9, 8, 7, 6, 5), pooling="all")]
+    for number in range(6):
+        extra: dict[str, Any] = {}
+        if number == 2:
+            extra = {"repetition_penalty": 1.3, "logprobs": 2, "prompt_logprobs": 1}
+        if number in (1, 4):
+            extra = {"return_routing": True}
+        sampling = SamplingParams(TOKENS, temperature=0.0 if number % 2 else 0.8, seed=number, **extra)
+        prompt = (*shared[: 5 + number * 2], 40 + number)
+        wanted.append(Request(str(number), prompt, sampling, n=2 if number == 3 else 1))
+    return wanted
+
+
+def record(directory: Path, data: int) -> Recorded:
+    """Each data group on a worker of its own, which has all of the model."""
+    config = engine_config(directory, ParallelConfig())
+    pages = PAGES.get(data, 12)
+    workers = [Worker(0, config, placement_for(directory, ParallelConfig())) for _ in range(data)]
+    for worker in workers:
+        worker.load()
+        worker.join(alone(), pages)
+    pools = [PagePool(pages, PAGE, prefix_caching=True, key=b"k") for _ in workers]
+    scheduler = Scheduler(config.scheduler, pools, eos_ids=())
+    for request in requests():
+        scheduler.add(request.request_id, request, 0.0)
+    group_of: dict[int, int] = {}
+    plans, results = [], []
+    texts: dict[tuple[str, int], tuple[int, ...]] = {}
+    under_way: deque[StepPlan] = deque()
+    while scheduler.has_work:
+        plan = scheduler.schedule(0.0)
+        if plan is not None:
+            under_way.append(plan)
+        if len(under_way) == 2 or plan is None:
+            plan = under_way.popleft()
+            group_of.update((start.seq, start.group) for start in plan.starts)
+            parts = [worker.step(_part(plan, group, group_of)) for group, worker in enumerate(workers)]
+            result = replace(merge(parts, placement_for(directory, ParallelConfig())), slot_rows=())
+            for event in scheduler.postprocess(plan, result):
+                if isinstance(event, TokenEvent):
+                    key = event.request_id, event.choice
+                    texts[key] = texts.get(key, ()) + event.token_ids
+            plans.append(plan)
+            results.append(result)
+    return Recorded(tuple(plans), tuple(results), texts, scheduler.preemptions)
+
+
+def _part(plan: StepPlan, group: int, group_of: dict[int, int]) -> StepPlan:
+    """What one group has to do, as if it were the only one."""
+    return replace(
+        plan,
+        chunks=tuple(chunk for chunk in plan.chunks if group_of[chunk.seq] == group),
+        starts=tuple(replace(start, group=0) for start in plan.starts if start.group == group),
+        group_tokens=(),
+    )
+
+
+def replay(
+    groups: Groups, directory: Path, parallel: ParallelConfig, plans: tuple[StepPlan, ...], exchange: Exchange
+) -> list[StepResult]:
+    """One rank's results."""
+    worker = Worker(groups.world.rank, engine_config(directory, parallel), placement_for(directory, parallel))
+    worker.load()
+    worker.join(groups, PAGES.get(parallel.data, 12))
+    return [worker.step(replace(plan, exchange=exchange)) for plan in plans]
