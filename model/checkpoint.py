@@ -25,7 +25,7 @@ from model.comm import split_rows
 from model.config import MixtralConfig
 from model.dialects import Matrix
 from model.errors import CheckpointError
-from model.layers import Linear, can_pack
+from model.layers import Linear, can_pack, make_linear
 from model.shard import Shard
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 
@@ -173,7 +173,7 @@ class Loader:
         for piece, part in zip(pieces, torch.split(weight, heights), strict=True):
             self._read_into(part, piece)
         # Packing and other devices leave the buffer to the next matrix; a plain weight would lie in it.
-        return Linear(weight.to(self._device, copy=not can_pack(weight)))
+        return make_linear(weight.to(self._device, copy=not can_pack(weight)))
 
     def _read_into(self, out: Tensor, piece: Piece) -> None:
         self._checkpoint.read_into(out, piece)

@@ -1,9 +1,11 @@
-"""The parts every block shares: one fixed linear map and the RMS norm.
+"""The parts every block shares: the fixed linear map, in its two unquantised forms, and the RMS norm.
 
 T: rows.  I, O: features in and out.  D: model width.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,30 +15,61 @@ from torch.nn import functional
 PACK_ROWS = 32
 
 
-class Linear:
+class Linear(Protocol):
     """x_TI @ weight_OI.T for one weight, kept only in the layout that multiplies fastest where it lies.
 
-    On the CPU that is oneDNN's blocked layout. Its operators are private to torch, so their absence (another build,
-    another device, a half precision this processor lacks) means the plain layout and functional.linear.
+    Plain and packed here, quantised in quantized_linear.py.
     """
 
-    __slots__ = ("_packed", "_weight", "in_features", "out_features")
+    @property
+    def in_features(self) -> int: ...
 
-    def __init__(self, weight_OI: Tensor) -> None:
-        self.out_features, self.in_features = weight_OI.shape
-        self._packed = can_pack(weight_OI)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS) if self._packed else weight_OI
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        if self._packed:
-            y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, None, "none", [], "")
-            return y_TO
-        return functional.linear(x_TI, self._weight)
+    @property
+    def out_features(self) -> int: ...
 
     @property
     def weight_OI(self) -> Tensor:
-        """The plain weight; a copy where it is kept packed."""
-        return self._weight.to_dense() if self._packed else self._weight
+        """The plain weight; a copy where it is kept otherwise."""
+
+    def __call__(self, x_TI: Tensor) -> Tensor: ...
+
+
+def make_linear(weight_OI: Tensor) -> Linear:
+    return PackedLinear(weight_OI) if can_pack(weight_OI) else PlainLinear(weight_OI)
+
+
+class PlainLinear:
+    __slots__ = ("in_features", "out_features", "weight_OI")
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.out_features, self.in_features = weight_OI.shape
+        self.weight_OI = weight_OI
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return functional.linear(x_TI, self.weight_OI)
+
+
+class PackedLinear:
+    """In oneDNN's blocked layout, on the CPU.
+
+    Its operators are private to torch, so their absence (another build, another device, a half precision this
+    processor lacks) means the plain layout.
+    """
+
+    __slots__ = ("_packed", "in_features", "out_features")
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.out_features, self.in_features = weight_OI.shape
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, None, "none", [], "")
+        return y_TO
+
+    @property
+    def weight_OI(self) -> Tensor:
+        weight_OI: Tensor = self._packed.to_dense()
+        return weight_OI
 
 
 def can_pack(weight_OI: Tensor) -> bool:

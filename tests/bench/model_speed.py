@@ -31,7 +31,7 @@ from model.checkpoint import load_weights
 from model.config import load_config
 from model.exchange import OneRank
 from model.kv_cache import KVCache
-from model.layers import Linear
+from model.layers import make_linear
 from model.mixtral import Mixtral
 from model.moe import Routing
 from model.shard import Shard
@@ -141,7 +141,7 @@ class Machine:
         much = torch.ones(1 << 28)  # 1 GiB: no cache holds it
         bandwidth = much.nbytes / median(timed(much.sum, clock) for _ in range(5))
         N = 4096
-        linear, x_NN = Linear(torch.ones(N, N, dtype=dtype)), torch.ones(N, N, dtype=dtype)
+        linear, x_NN = make_linear(torch.ones(N, N, dtype=dtype)), torch.ones(N, N, dtype=dtype)
         speed = 2 * N**3 / median(timed(partial(linear, x_NN), clock) for _ in range(5))
         print(f"here {bandwidth / 1e9:.0f} GB/s are read and {speed / 1e9:.0f} GFLOP/s multiplied at best")
         return cls(bandwidth, speed)

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from model import layers
-from model.layers import Linear, can_pack, rms_norm
+from model.layers import PackedLinear, can_pack, make_linear, rms_norm
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
@@ -24,7 +24,8 @@ def test_linear_multiplies_with_the_transpose(packing: bool, rows: int, dtype: t
     generator = torch.Generator().manual_seed(rows)
     weight_OI = (torch.randn(40, 24, generator=generator) / 5).to(dtype)
     x_TI = torch.randn(rows, 24, generator=generator).to(dtype)
-    linear = Linear(weight_OI.clone())
+    linear = make_linear(weight_OI.clone())
+    assert isinstance(linear, PackedLinear) == layers.can_pack(weight_OI)
     assert (linear.in_features, linear.out_features) == (24, 40)
     torch.testing.assert_close(linear(x_TI), functional.linear(x_TI, weight_OI), rtol=tolerance, atol=tolerance)
     assert torch.equal(linear.weight_OI, weight_OI)
@@ -33,13 +34,14 @@ def test_linear_multiplies_with_the_transpose(packing: bool, rows: int, dtype: t
 def test_linear_takes_rows_that_are_not_contiguous(packing: bool) -> None:
     torch.manual_seed(0)
     weight_OI, wide = torch.randn(8, 6), torch.randn(4, 12)
-    torch.testing.assert_close(Linear(weight_OI)(wide[:, 3:9]), wide[:, 3:9] @ weight_OI.T)
+    torch.testing.assert_close(make_linear(weight_OI)(wide[:, 3:9]), wide[:, 3:9] @ weight_OI.T)
 
 
 def test_only_one_copy_of_a_weight_is_kept() -> None:
     weight_OI = torch.ones(8, 6)
-    kept = Linear(weight_OI)._weight
-    assert can_pack(weight_OI) == kept.is_mkldnn
+    linear = make_linear(weight_OI)
+    assert isinstance(linear, PackedLinear) == can_pack(weight_OI)
+    kept = linear._packed if isinstance(linear, PackedLinear) else linear.weight_OI
     assert kept.is_mkldnn or kept is weight_OI
 
 
@@ -48,7 +50,7 @@ def test_only_one_copy_of_a_weight_is_kept() -> None:
 )
 def test_what_cannot_be_packed_stays_plain(weight_OI: torch.Tensor) -> None:
     assert not can_pack(weight_OI)
-    assert Linear(weight_OI).weight_OI is weight_OI
+    assert make_linear(weight_OI).weight_OI is weight_OI
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from model.exchange import OneRank
-from model.layers import Linear
+from model.layers import Linear, make_linear
 from model.moe import load_balancing_loss, reference_experts, route, run_experts, swiglu
 from model.weights import ExpertWeights
 
@@ -19,7 +19,7 @@ def make_experts(count: int, dtype: torch.dtype = torch.float32) -> list[ExpertW
     generator = torch.Generator().manual_seed(count)
 
     def linear(rows: int, columns: int) -> Linear:
-        return Linear((torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype))
+        return make_linear((torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype))
 
     return [ExpertWeights(linear(2 * F, D), linear(D, F)) for _ in range(count)]
 

@@ -1,0 +1,169 @@
+"""Multiplying with quantised weights: one class for each way, all the same map, chosen once by make_quantized_linear.
+
+    QuantizedLinear   any mode, any device    some rows of the weight are dequantised, multiplied with, forgotten
+    Int8Linear        int8 on a CPU           torch's kernel for few rows of x, else as above
+    Int4Linear        int4 on a CPU           torch's kernel for any number of rows
+    Fp8Linear         fp8 on Hopper           rows of x are rounded to fp8 too, and multiplied as they are
+
+The first is the reference of the others. torch's two CPU kernels are fast in bfloat16 alone and private to torch, so
+a float32 model and a torch without them take the first as well.
+
+T: rows of x.  O, I: features out and in.  G: groups of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.layers import Linear
+from model.quantization import FP8_MAX, QuantizedWeight
+
+# Weights that are dequantised at once. On a CPU they stay in its cache on the way into the product (measured: four
+# times as many or a quarter take longer); elsewhere a matrix is a few pieces, so that its plain form is no burden.
+CPU_PIECE = 1 << 18
+PIECE = 1 << 25
+
+# Up to as many rows torch's int8 kernel wins over dequantising, on two cores with AVX-512 (64 rows: 2.97 ms, 2.92 ms).
+INT8_KERNEL_ROWS = 64
+# It reads x in pieces of as many bytes and ends the process where one is not aligned to them.
+INT8_KERNEL_ALIGNMENT = 32
+INT4_KERNEL_GROUPS = (32, 64, 128, 256)
+
+
+def make_quantized_linear(weight: QuantizedWeight, dtype: torch.dtype) -> Linear:
+    """`dtype`: of what it multiplies and gives."""
+    device = weight.packed_OP.device
+    match weight.mode, device.type:
+        case "int8", "cpu" if has_int8_kernel(weight, dtype):
+            return Int8Linear(weight, dtype)
+        case "int4", "cpu" if has_int4_kernel(weight, dtype):
+            return Int4Linear(weight)
+        case "fp8", "cuda" if has_fp8_kernel(weight, dtype):
+            return Fp8Linear(weight)
+    return QuantizedLinear(weight, dtype)
+
+
+class QuantizedLinear:
+    """x_TI @ weight_OI.T of a weight that is dequantised a piece at a time."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        self.weight = weight
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self._dtype = dtype
+        piece = CPU_PIECE if weight.packed_OP.device.type == "cpu" else PIECE
+        self._height = max(1, piece // weight.in_features)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        y_TO = x_TI.new_empty(len(x_TI), self.out_features)
+        for row in range(0, self.out_features, self._height):
+            rows = slice(row, row + self._height)
+            y_TO[:, rows] = functional.linear(x_TI, self.weight.rows(rows).dequantize(self._dtype))
+        return y_TO
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight.dequantize(self._dtype)
+
+
+class Int8Linear(QuantizedLinear):
+    """For few rows of x, torch's CPU kernel: it reads each weight once, as one byte."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self._scale_O = weight.scale_OG.flatten().to(dtype)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if len(x_TI) > INT8_KERNEL_ROWS:
+            return super().__call__(x_TI)
+        x_TI = x_TI.contiguous()
+        if x_TI.data_ptr() % INT8_KERNEL_ALIGNMENT:
+            x_TI = x_TI.clone()
+        y_TO: Tensor = torch.ops.aten._weight_int8pack_mm(x_TI, self.weight.packed_OP, self._scale_O)
+        return y_TO
+
+
+class Int4Linear:
+    """torch's CPU kernel, which wants the weights in an order of its own; no other copy is kept.
+
+    So all x go through it: up to 200 rows it wins over dequantising, with thousands it takes twice as long.
+    """
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self._group_size = weight.group_size
+        codes_OI = torch.stack((weight.packed_OP & 15, weight.packed_OP >> 4), dim=-1).flatten(1).int()
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI, 1)
+        scale_GO = weight.scale_OG.T.bfloat16()
+        # The kernel adds a zero point to each weight; ours have none.
+        self._scale_and_zero_GO2 = torch.stack((scale_GO, torch.zeros_like(scale_GO)), dim=-1)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x_TI.contiguous(), self._packed, self._group_size, self._scale_and_zero_GO2
+        )
+        return y_TO
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """What the kernel makes of the identity: each weight exactly, times one."""
+        return self(torch.eye(self.in_features, dtype=torch.bfloat16)).T
+
+
+class Fp8Linear:
+    """The tensor cores' own fp8 product: rows of x get a scale each and are rounded to fp8 like the weights."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.weight = weight
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self._scale_1O = weight.scale_OG.float().T.contiguous()
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if not len(x_TI):
+            return x_TI.new_empty(0, self.out_features)
+        wide_TI = x_TI.float()
+        scale_T1 = wide_TI.abs().amax(-1, keepdim=True).clamp_min(1e-12) / FP8_MAX
+        rounded_TI = (wide_TI / scale_T1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(
+            rounded_TI, self.weight.packed_OP.T, scale_a=scale_T1, scale_b=self._scale_1O, out_dtype=torch.bfloat16
+        )
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight.dequantize(torch.bfloat16)
+
+
+def has_int8_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    return (
+        dtype == torch.bfloat16
+        and hasattr(torch.ops.aten, "_weight_int8pack_mm")
+        and weight.in_features * dtype.itemsize % INT8_KERNEL_ALIGNMENT == 0
+        and weight.scale_OG.shape[1] == 1
+        and fits_bfloat16(weight.scale_OG)
+    )
+
+
+def has_int4_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    return (
+        dtype == torch.bfloat16
+        and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+        and weight.group_size in INT4_KERNEL_GROUPS
+        and weight.out_features % 16 == 0
+        and fits_bfloat16(weight.scale_OG)
+    )
+
+
+def has_fp8_kernel(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    return (
+        dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(weight.packed_OP.device) >= (9, 0)
+        and weight.scale_OG.shape[1] == 1
+        and weight.in_features % 16 == 0
+        and weight.out_features % 16 == 0
+    )
+
+
+def fits_bfloat16(scales: Tensor) -> bool:
+    """A kernel that takes its scales in bfloat16 must not change the weights by it."""
+    return torch.equal(scales.bfloat16().to(scales.dtype), scales)
