@@ -22,12 +22,13 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix whose singular values are all about 1; the last two dimensions are the matrix."""
     a, b, c = QUINTIC
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x: Tensor = matrix.mT if tall else matrix
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    # The iteration corrects its own rounding, and bfloat16 takes a third of the time.
+    x: Tensor = (matrix.mT if tall else matrix).bfloat16()
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 class Muon:

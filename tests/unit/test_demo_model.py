@@ -21,7 +21,8 @@ from model.config import load_config
 from model.demo import artefacts
 from model.demo.corpus import sums
 from model.demo.corpus.conversation import Conversation, Corpus, seeded
-from model.demo.corpus.entries import parse, part
+from model.demo.corpus.entries import expand, expansions, parse, part
+from model.demo.corpus.phrasing import mistype
 from model.demo.corpus.turns import Turn
 from model.demo.data import BOS, EOS, SHORT, UNKNOWN, Encoder, batches
 from model.demo.evaluation import KINDS, ask, evaluate, greedy
@@ -167,7 +168,38 @@ def test_every_fact_has_questions_to_train_on_and_one_kept(corpus: Corpus) -> No
     for entry in [*facts, *corpus.chat, *corpus.off_topic]:
         assert entry.questions, entry
         assert entry.held_out, entry
-        assert not set(entry.questions) & set(entry.held_out), entry
+
+
+def test_no_alternative_is_a_kept_question_or_has_a_second_answer(corpus: Corpus) -> None:
+    entries = [*(entry for file in corpus.facts for entry in file), *corpus.chat, *corpus.off_topic]
+    kept = {plain(question) for entry in entries for question in entry.held_out}
+    answers: dict[str, str] = {}
+    for entry in entries:
+        for question in (found for line in entry.questions for found in expansions(line)):
+            assert plain(question) not in kept, question
+            assert answers.setdefault(question.lower(), entry.answer) == entry.answer, question
+    assert len(answers) > 10_000
+
+
+def test_alternatives_are_drawn_one_by_one() -> None:
+    line = "(How (big|large)|What size) is it( here|)?"
+    every = set(expansions(line))
+    assert every == {f"{how} is it{here}?" for how in ("How big", "How large", "What size") for here in (" here", "")}
+    rng = seeded("test", 8)
+    assert {expand(rng, line) for _ in range(200)} == every
+    assert expand(rng, "def main(): pass") == "def main(): pass"
+
+
+def test_a_slip_changes_little() -> None:
+    rng = seeded("test", 9)
+    question = "Which worker holds model.safetensors and /health?"
+    slips = {mistype(rng, question) for _ in range(1000)} - {question}
+    assert len(slips) > 10
+    for slip in slips:
+        assert "model.safetensors" in slip
+        assert "/health" in slip
+        assert abs(len(slip) - len(question)) <= 1
+    assert "What Ray?" in {mistype(rng, "What is Ray?") for _ in range(200)}
 
 
 def test_a_line_without_mark_is_refused() -> None:

@@ -10,12 +10,12 @@ from random import Random
 
 from model.demo.corpus import names, stories, sums, unknown
 from model.demo.corpus.entries import Entry, load, load_facts, load_slots
-from model.demo.corpus.phrasing import casual, comparison, definition, surface, vary
+from model.demo.corpus.phrasing import casual, comparison, definition, mistype, surface, vary
 from model.demo.corpus.turns import Kind, Turn
 
 # How often each kind of turn is drawn.
 WEIGHTS: dict[Kind, int] = {
-    "fact": 32, "comparison": 5, "chat": 10, "unknown": 16, "sum": 24, "story": 6, "name": 4, "repeat": 3,
+    "fact": 44, "comparison": 5, "chat": 12, "unknown": 16, "sum": 14, "story": 6, "name": 4, "repeat": 3,
 }  # fmt: skip
 # A training run begins with these alone. Copying from the prompt and calculating are learnt in a few hundred steps
 # by themselves, and hardly at all beside facts that can simply be memorised.
@@ -114,8 +114,8 @@ class Corpus:
                 return Turn("comparison", question if held_out else surface(rng, question), entry.answer)
             case "chat":
                 entry = rng.choice(self.chat)
-                question = rng.choice(entry.held_out if held_out else entry.questions)
-                return Turn("chat", question if held_out else casual(rng, question), entry.answer)
+                question = rng.choice(entry.held_out) if held_out else casual(rng, entry.question(rng))
+                return Turn("chat", question, entry.answer)
             case "unknown":
                 return unknown.turn(rng, self.off_topic, self.slots, held_out)
             case "sum":
@@ -138,8 +138,9 @@ class Corpus:
     def ask(self, rng: Random, entry: Entry, held_out: bool) -> str:
         if entry.topic and rng.random() < 0.4:
             question = definition(rng, entry.topic, entry.verb, held_out)
-            return question if held_out else surface(rng, question)
-        return rng.choice(entry.held_out) if held_out else vary(rng, rng.choice(entry.questions))
+        else:
+            question = rng.choice(entry.held_out) if held_out else entry.question(rng)
+        return question if held_out else mistype(rng, vary(rng, question))
 
     def completion(self, rng: Random) -> Turn:
         """A beginning without chat template, and how it goes on."""

@@ -10,15 +10,20 @@ An entry is a paragraph; each line says by its first character what it is:
     ! How many ...?     a question kept for evaluation
     # ...               a remark
 
+A question may hold alternatives, "(How big|How large) is a page?"; one of each is taken whenever it is drawn.
 Knows the format alone, not how questions are varied.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 DIRECTORY = Path(__file__).parent
+ALTERNATIVES = re.compile(r"\(([^()]*\|[^()]*)\)")
 FACT_FILES = ("project", "engine", "operation", "api", "experts", "language_models")
 
 
@@ -33,6 +38,11 @@ class Entry:
     questions: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
 
+    def question(self, rng: Random) -> str:
+        """One of the questions to train on; one that can be asked in many ways is drawn more often."""
+        weights = [(1 + question.count("|")) ** 0.5 for question in self.questions]
+        return expand(rng, rng.choices(self.questions, weights)[0])
+
     @property
     def pair(self) -> tuple[str, str]:
         """The two things that the entry compares."""
@@ -42,6 +52,28 @@ class Entry:
     @property
     def opens_with_topic(self) -> bool:
         return bool(self.topic) and self.answer.lower().startswith(f"{self.topic} ".lower())
+
+
+def expand(rng: Random, text: str) -> str:
+    """The text with one of each of its alternatives."""
+    while found := ALTERNATIVES.search(text):
+        text = text[: found.start()] + rng.choice(found[1].split("|")) + text[found.end() :]
+    return without_gaps(text)
+
+
+def expansions(text: str) -> Iterator[str]:
+    """The text with every choice of its alternatives."""
+    found = ALTERNATIVES.search(text)
+    if found is None:
+        yield without_gaps(text)
+        return
+    for choice in found[1].split("|"):
+        yield from expansions(text[: found.start()] + choice + text[found.end() :])
+
+
+def without_gaps(text: str) -> str:
+    """The text without the spaces that an empty alternative leaves behind."""
+    return re.sub(r" +(?=[ ?.!]|$)", "", text).lstrip()
 
 
 def parse(text: str) -> list[Entry]:

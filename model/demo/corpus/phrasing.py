@@ -1,12 +1,14 @@
 """Many ways to ask one question. Knows English patterns, not what any question is about.
 
-Training sees questions varied by `vary`; evaluation sees held-out questions as they were written.
+Training sees questions varied by `vary` and `mistype`; evaluation sees held-out questions as they were written.
 """
 
 from __future__ import annotations
 
 import re
 from random import Random
+
+from model.demo.corpus.entries import expand
 
 # {x} is a topic as written ("a page"), {be} its verb. The second tuple is kept for evaluation.
 DEFINITIONS = (
@@ -41,7 +43,17 @@ DEFINITIONS = (
     "I have never heard of {x}. What {be} that?",
     "How would you explain {x} to a beginner?",
     "What can you tell me about {x}?",
-    "Give me a definition of {x}.",
+    "Give me a (short |)definition of {x}.",
+    "(Hello, |Sorry, |Well, |)(could|can|would) you (please |)(explain|describe|define) {x}( briefly| to me|)?",
+    "(Please |)(explain|describe|define|sketch) {x}( for a beginner| in simple words| in short| briefly| once more|).",
+    "(Can|Could) (somebody|you|anyone) (please |)tell me what {x} {be}?",
+    "(I wonder|I am not sure|I forgot|I'd like to hear|Remind me|Teach me) what {x} {be}.",
+    "(What's the story with|What about|How about|What's up with) {x}?",
+    "(I read|I see|They talk|You speak|The docs speak) about {x}. What {be} (it|that|this|meant)?",
+    "(I need|I want|I'd like) (an explanation of|to learn about|to understand|to hear about|some words about) {x}.",
+    "(Anything|Something) about {x}(, please|?|.)",
+    "{x}: what {be} (it|that|this)?",
+    "{x} (meaning|definition|explained|in simple words)",
     "{x}?",
     "{x}",
 )
@@ -78,12 +90,19 @@ HELD_OUT_COMPARISONS = (
 )
 
 SYNONYMS = (
+    (
+        r"^Explain ",
+        ("Describe ", "Tell me about ", "Please explain ", "Can you explain ", "Teach me about ", "Sketch "),
+    ),
     (r"^How do I ", ("How can I ", "How would I ", "How should I ", "How to ", "What must I do to ")),
+    (r"^How do I ", ("How do we ", "How does one ", "In what way can I ", "Is there a way to ", "Show me how to ")),
+    (r"^How (?=is|are|does|do|did|was)", ("In what way ", "How exactly ", "Tell me: how ", "But how ")),
     (r"^How can I ", ("How do I ", "How could I ", "How to ")),
     (r"^What happens when ", ("What happens if ", "What if ", "What does it do when ")),
     (r"^What happens if ", ("What happens when ", "What if ")),
     (r"^What if ", ("What happens if ", "And if ")),
     (r"^Can I ", ("Could I ", "May I ", "Is it possible that I ", "Am I able to ")),
+    (r"^Can ", ("Could ",)),
     (r"^Can it ", ("Could it ", "Is it able to ", "Can mixtral-serve ", "Can this ")),
     (r"^Does it ", ("Does mixtral-serve ", "Does this ", "Will it ")),
     (r"^Which ", ("What ",)),
@@ -104,6 +123,20 @@ SYNONYMS = (
     (r"\b(dies|crashes|fails)\b", ("dies", "crashes", "fails", "goes down", "is lost")),
     (r"\b(turn off|disable)\b", ("turn off", "disable", "switch off")),
     (r"\bset\b", ("choose", "configure", "change")),
+    (r"\b(see|find)\b", ("see", "find", "look at", "view")),
+    (r"\bsettings?\b", ("setting", "option", "settings")),
+    (r"\bGPUs\b", ("graphics cards", "cards", "GPUs")),
+    (r"\bGPU\b", ("graphics card", "GPU")),
+    (r"\b(machine|computer)\b", ("machine", "computer", "box")),
+    (r"\b(folder|directory)\b", ("folder", "directory")),
+    (r"\b(laptop|notebook)\b", ("laptop", "notebook", "MacBook")),
+    (r"\b(kind|sort|type)s? of\b", ("kind of", "sort of", "type of")),
+    (r"\b(needed|required|necessary)\b", ("needed", "required", "necessary")),
+    (r"\b(the|my|an) answer\b", (r"\1 answer", r"\1 output", "the reply", "the response")),
+    (r"\b(my|a|the) request\b", (r"\1 request", r"\1 call", r"\1 query")),
+    (r"\b(users|clients|people)\b", ("users", "clients", "people")),
+    (r"\b(fast|quick)\b", ("fast", "quick")),
+    (r"\b(show|list) me\b", ("show me", "give me", "tell me")),
     (r"\bsupported\b", ("available", "possible", "allowed")),
     (r"\bsupport\b", ("have", "offer", "know")),
     (r"\bstart\b", ("launch", "run", "bring up")),
@@ -179,6 +212,22 @@ def casual(rng: Random, question: str) -> str:
     return question.rstrip("?.! ") if rng.random() < 0.6 else question
 
 
+def mistype(rng: Random, question: str) -> str:
+    """Sometimes a slip: no small words, or in a long plain word a letter lost, doubled or exchanged with the next."""
+    chance = rng.random()
+    if chance < 0.05:
+        return re.sub(r"(?i)\b(the|a|an|is|are|do|does|of|to)\b ?", "", question).strip() or question
+    long_words = list(re.finditer(r"(?<![\w/_.-])[a-z]{5,}(?![\w/_-]|\.\w)", question))
+    if chance > 0.12 or not long_words:
+        return question
+    word = rng.choice(long_words)
+    at = rng.randrange(word.start() + 1, word.end() - 1)
+    lost = question[:at] + question[at + 1 :]
+    doubled = question[: at + 1] + question[at:]
+    exchanged = question[:at] + question[at + 1] + question[at] + question[at + 2 :]
+    return rng.choice((lost, doubled, exchanged))
+
+
 def vary(rng: Random, question: str) -> str:
     question = reword(rng, question)
     if rng.random() < 0.3:
@@ -201,7 +250,7 @@ def capitalised(text: str) -> str:
 
 def definition(rng: Random, topic: str, verb: str, held_out: bool) -> str:
     template = rng.choice(HELD_OUT_DEFINITIONS if held_out else DEFINITIONS)
-    return capitalised(template.format(x=topic, be=verb))
+    return capitalised(expand(rng, template).format(x=topic, be=verb))
 
 
 def comparison(rng: Random, pair: tuple[str, str], held_out: bool) -> str:
