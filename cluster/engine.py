@@ -14,23 +14,27 @@ import itertools
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from time import monotonic
 from typing import Literal
 
 from cluster.answer import Answers
 from cluster.config import EngineConfig, SchedulerConfig
 from cluster.engine_loop import Abort, Add, Died, EngineLoop, Limit
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
+from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
 from cluster.messages import (
     EncodeEvent,
     EncodeRequest,
     EngineStats,
+    ExpertsStatus,
     Grammar,
     RankStatus,
     Request,
     TokenEvent,
 )
-from cluster.observer import Observer, Silence
+from cluster.observer import FailureCause, Observer, Silence
+from cluster.placement import Placement
 from cluster.scheduler import Event, Scheduler
 from cluster.worker_group import WorkerGroup
 from model.config import Architecture, MixtralConfig
@@ -56,6 +60,7 @@ class Engine:
         config: EngineConfig,
         model: MixtralConfig,
         group: WorkerGroup,
+        placement: Placement,
         num_pages: int,
         max_model_len: int,
         tokenizer: Tokenizer,
@@ -75,6 +80,7 @@ class Engine:
             for _ in range(config.parallel.data)
         ]
         self._scheduler = Scheduler(config.scheduler, self._pools, tokenizer.eos_ids, model.sliding_window)
+        self._load = ExpertLoad(placement, monotonic())
         # By a key of our own: events of an aborted request may still be on their way when its id is used again.
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._keys: dict[str, str] = {}  # request_id -> key
@@ -82,7 +88,7 @@ class Engine:
         self._event_loop = asyncio.get_running_loop()
         self._draining = False
         self._loop = EngineLoop(
-            self._scheduler, group, config.parallel, self._publish, self.stats, observer or Silence()
+            self._scheduler, group, config.parallel, self._load, self._publish, self.stats, observer or Silence()
         )
 
     @property
@@ -150,9 +156,9 @@ class Engine:
         if (key := self._keys.get(request_id)) is not None:
             self._loop.put(Abort(key))
 
-    def rank_died(self, reason: str, epoch: int) -> None:
+    def rank_lost(self, reason: str, epoch: int, cause: FailureCause = "died") -> None:
         """What the worker group saw, perhaps between two steps. Callable from any thread."""
-        self._loop.put(Died(reason, epoch))
+        self._loop.put(Died(reason, epoch, cause))
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -171,6 +177,10 @@ class Engine:
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return self._group.ranks()
+
+    def experts(self) -> ExpertsStatus:
+        """Where they are, and how much each is used lately."""
+        return self._load.status()
 
     def limit(self, limits: SchedulerConfig) -> None:
         """Admit by these limits from now on; whoever runs goes on. The ranks were built for those of the start."""

@@ -21,6 +21,7 @@ from time import monotonic
 from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.errors import StepFailed
 from cluster.exchange_rule import choose_exchange
+from cluster.expert_load import ExpertLoad
 from cluster.messages import EncodeRequest, EngineStats, Request, StepPlan, TokenEvent
 from cluster.observer import FailureCause, Observer, StepRecord
 from cluster.scheduler import Event, Scheduler
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 STEPS_AHEAD = 1
 MAX_FRUITLESS = 3  # recoveries without a completed step between them
 CHECK_EVERY_S = 60.0  # when idle
+ASK_LOAD_EVERY_S = 1.0  # while there is work
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class EngineLoop:
         scheduler: Scheduler,
         group: WorkerGroup,
         parallel: ParallelConfig,
+        load: ExpertLoad,
         publish: Callable[[Sequence[Event]], None],  # called on this thread, at most once per step
         stats: Callable[[], EngineStats],
         observer: Observer,
@@ -86,6 +89,8 @@ class EngineLoop:
         self._scheduler = scheduler
         self._group = group
         self._parallel = parallel
+        self._load = load
+        self._load_asked = 0.0  # when a plan last wanted to know it
         self._publish = publish
         self._stats = stats
         self._observer = observer
@@ -131,7 +136,7 @@ class EngineLoop:
                 began = monotonic()
                 plan = self._scheduler.schedule(began)
                 if plan is not None:
-                    plan = replace(plan, exchange=choose_exchange(self._parallel, plan.num_tokens))
+                    plan = self._complete(plan, began)
                     planned = monotonic()
                     under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
                 if len(under_way) > STEPS_AHEAD or (plan is None and under_way):
@@ -142,11 +147,21 @@ class EngineLoop:
             return False
         return True
 
+    def _complete(self, plan: StepPlan, now: float) -> StepPlan:
+        """What of a plan is not the scheduler's to say."""
+        asks = now - self._load_asked >= ASK_LOAD_EVERY_S
+        if asks:
+            self._load_asked = now
+        exchange = choose_exchange(self._parallel, plan.num_tokens)
+        return replace(plan, exchange=exchange, placement=self._load.placement.number, report_load=asks)
+
     def _finish(self, step: _UnderWay) -> None:
         """Wait for a step, take in what it gave, tell everybody."""
         result = step.pending.result()
         done = monotonic()
         events = self._scheduler.postprocess(step.plan, result)
+        if result.slot_rows:
+            self._load.add(result.slot_rows, done)
         self._fruitless = 0
         taken = monotonic()
         self._send(events)
@@ -165,6 +180,7 @@ class EngineLoop:
                 ranks=result.times,
                 stats=self._stats(),
                 slot_rows=result.slot_rows,
+                slot_experts=self._load.placement.expert_of if result.slot_rows else (),
             )
         )
 

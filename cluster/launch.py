@@ -12,7 +12,7 @@ from cluster.config import EngineConfig
 from cluster.engine import Engine
 from cluster.in_process_group import InProcessGroup
 from cluster.memory import held_at_once
-from cluster.observer import Observer
+from cluster.observer import FailureCause, Observer
 from cluster.placement import Placement, even_placement
 from cluster.worker_group import RayGroup, WorkerGroup
 from model.config import load_config
@@ -26,20 +26,20 @@ GroupFactory = Callable[[EngineConfig, Placement, int], WorkerGroup]
 async def launch(config: EngineConfig, placement_group: Any = None, observer: Observer | None = None) -> Engine:
     """An engine over Ray actors, one per rank, in the given placement group. Ray must be up."""
     engine: Engine | None = None
-    early: list[tuple[str, int]] = []
+    early: list[tuple[str, int, FailureCause]] = []
 
-    def on_death(reason: str, epoch: int) -> None:
+    def on_loss(reason: str, epoch: int, cause: FailureCause) -> None:
         if engine is None:
-            early.append((reason, epoch))
+            early.append((reason, epoch, cause))
         else:
-            engine.rank_died(reason, epoch)
+            engine.rank_lost(reason, epoch, cause)
 
     def group(config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> WorkerGroup:
-        return RayGroup(config, placement, tokens_per_sequence, placement_group=placement_group, on_death=on_death)
+        return RayGroup(config, placement, tokens_per_sequence, placement_group=placement_group, on_loss=on_loss)
 
     engine = await _launch(config, group, observer)
-    for death in early:
-        engine.rank_died(*death)
+    for loss in early:
+        engine.rank_lost(*loss)
     return engine
 
 
@@ -66,10 +66,10 @@ async def _launch(config: EngineConfig, make_group: GroupFactory, observer: Obse
     held = held_at_once(config, wanted, model.sliding_window)
     group = make_group(config, placement, held)
     num_pages = await asyncio.to_thread(group.start)
-    tokens = num_pages * config.kv.page_size
+    tokens = num_pages * config.kv.page_size  # of one data group: a sequence is in one
     max_model_len = wanted if tokens >= held else tokens
     log.info(
         "KV memory: %d tokens in %d pages, enough for %d requests of %d tokens at once",
-        tokens, num_pages, tokens // min(held, tokens), max_model_len,
+        tokens * parallel.data, num_pages * parallel.data, tokens // min(held, tokens) * parallel.data, max_model_len,
     )  # fmt: skip
-    return Engine(config, model, group, num_pages, max_model_len, tokenizer, observer)
+    return Engine(config, model, group, placement, num_pages, max_model_len, tokenizer, observer)

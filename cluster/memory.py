@@ -1,7 +1,7 @@
 """How many pages of KV memory every rank gets. Arithmetic on what the ranks reported after loading.
 
-The ranks of a data group hold the same pages, each its own heads of them; another group's pages are others. So an engine
-has pages x data pages in all.
+The ranks of a data group hold the same pages, each its own heads of them; the pages of other groups are others. So an
+engine has pages x data pages in all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def held_at_once(config: EngineConfig, max_model_len: int, window: int | None) -
 def page_budget(config: EngineConfig, facts: Sequence[WorkerFacts], tokens_per_sequence: int) -> int:
     """Pages that fit on every rank, and no more than max_running sequences at full length could fill.
 
-    They may all be in one data group: whoever shares a long prefix goes where it is.
+    They may all be in one data group, once those of the others have ended.
 
     Raises EngineError when not even one sequence of a max_model_len the operator asked for fits.
     """

@@ -15,6 +15,7 @@ from deployments.access_log import AccessLog, record_of
 from deployments.admission import KeyLimit, Pace, RequireKey
 from deployments.body import BodyLimit
 from deployments.errors import ApiError, internal
+from deployments.experts import Experts
 from deployments.generation import Generation
 from deployments.live import Live
 from deployments.metrics import Metrics
@@ -73,6 +74,7 @@ def create_app(
     app.include_router(Generation(service, prompts).router())
     app.include_router(Poolers(service, prompts).router())
     app.include_router(Tokenization(service, prompts).router())
+    app.include_router(Experts(service, replica).router())
     app.include_router(Status(service, resolved.config(), replica).router())
     return app
 

@@ -72,6 +72,9 @@ _CHOICES: Json = {
 _GENERATED = _answer(id=_TEXT, object=_TEXT, created=_COUNT, model=_TEXT, system_fingerprint=_TEXT, choices=_CHOICES)
 _MODEL = _answer(id=_TEXT, object=_TEXT, created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
 
+_EXPERT = _answer(expert=_COUNT, ranks={"type": "array", "items": _COUNT}, load=_NUMBER)
+_LAYER = _answer(layer=_COUNT, imbalance=_NUMBER, experts={"type": "array", "items": _EXPERT})
+
 _POSTS: Mapping[str, tuple[str, type[Body], Json]] = {
     "/v1/completions": ("Continue a text.", CompletionRequest, _GENERATED),
     "/v1/chat/completions": ("Answer in a conversation.", ChatRequest, _GENERATED),
@@ -90,6 +93,10 @@ _POSTS: Mapping[str, tuple[str, type[Body], Json]] = {
 _GETS: Mapping[str, tuple[str, Json]] = {
     "/v1/models": ("The model and its names.", _answer(object=_TEXT, data={"type": "array", "items": _MODEL})),
     "/v1/models/{name}": ("One of them.", _MODEL),
+    "/v1/experts": (
+        "Where every expert is, and its share of the rows lately.",
+        _answer(placement=_COUNT, slices=_COUNT, layers={"type": "array", "items": _LAYER}, replica=_TEXT),
+    ),
     "/health": ("Whether the engine can serve.", _answer(status=_TEXT)),
     "/ready": ("Whether requests should be sent here.", _answer(status=_TEXT)),
 }

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from cluster.messages import EncodeRequest, EngineStats, RankStatus, Request, TokenEvent
+from cluster.messages import EncodeRequest, EngineStats, ExpertsStatus, RankStatus, Request, TokenEvent
 from deployments.admission import Pace
 from deployments.live import Live
 from deployments.metrics import Metrics
@@ -80,6 +80,8 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     def ranks(self) -> tuple[RankStatus, ...]: ...
+
+    def experts(self) -> ExpertsStatus: ...
 
     async def stop(self) -> None: ...
 

@@ -13,7 +13,16 @@ import httpx
 from openai import AsyncOpenAI
 
 from cluster.config import EngineConfig
-from cluster.messages import EncodeRequest, EngineStats, FinishReason, RankStatus, Request, TokenEvent, TokenLogprob
+from cluster.messages import (
+    EncodeRequest,
+    EngineStats,
+    ExpertsStatus,
+    FinishReason,
+    RankStatus,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+)
 from deployments.api import create_app
 from deployments.live import Live
 from deployments.resolve import Resolved
@@ -200,6 +209,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(1, 2, 30, 4, steps=5, prompt_tokens=6, generated_tokens=7, preemptions=0)
+
+    def experts(self) -> ExpertsStatus:
+        return ExpertsStatus(3, 1, ranks=(((0,), (0, 1)),), load=((0.25, 0.75),), imbalance=(1.25,))
 
     def ranks(self) -> tuple[RankStatus, ...]:
         state = "ready" if self.ready else "dead"

@@ -12,10 +12,11 @@ from time import monotonic
 
 import pytest
 
-from cluster.config import EngineConfig, KVConfig, SchedulerConfig
+from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from cluster.engine import Engine
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
+from cluster.placement import even_placement
 from model.config import MixtralConfig
 from model.errors import ModelError
 from tests.fake_group import FakeGroup, next_token
@@ -51,12 +52,18 @@ class LetterTokenizer:
 
 @asynccontextmanager
 async def running_engine(
-    group: FakeGroup | None = None, scheduler: SchedulerConfig | None = None
+    group: FakeGroup | None = None, scheduler: SchedulerConfig | None = None, parallel: ParallelConfig | None = None
 ) -> AsyncIterator[Engine]:
     group = group or FakeGroup(64, 4)
-    config = EngineConfig("fake", kv=KVConfig(page_size=4), scheduler=scheduler or SchedulerConfig(8, 16, 8))
+    config = EngineConfig(
+        "fake",
+        parallel=parallel or ParallelConfig(),
+        kv=KVConfig(page_size=4),
+        scheduler=scheduler or SchedulerConfig(8, 16, 8),
+    )
     model = MixtralConfig.from_dict(CONFIG, "tiny")
-    engine = Engine(config, model, group, group.start(), 128, LetterTokenizer())  # type: ignore[arg-type]
+    placement = even_placement(2, 4, config.parallel.ranks, spare_slots=1)
+    engine = Engine(config, model, group, placement, group.start(), 128, LetterTokenizer())  # type: ignore[arg-type]
     try:
         yield engine
     finally:
@@ -243,8 +250,8 @@ async def test_a_death_between_steps_is_recovered_from_at_once() -> None:
     group = FakeGroup(64, 4)
     async with running_engine(group) as engine:
         await collect(engine, request())
-        engine.rank_died("rank 0 died", 0)
-        engine.rank_died("rank 0 died", 0)  # the same death, heard of twice
+        engine.rank_lost("rank 0 died", 0)
+        engine.rank_lost("rank 0 died", 0)  # the same death, heard of twice
         await until(lambda: engine.stats().recoveries == 1 and engine.ready)
         events = await collect(engine, request())
         assert [t for event in events for t in event.token_ids] == alone((5, 6), 8)
@@ -257,7 +264,7 @@ async def test_while_ranks_are_replaced_new_requests_are_told_to_come_back() -> 
     recover = group.recover
     group.recover = lambda: (held.wait(), recover())[1]  # type: ignore[method-assign]
     async with running_engine(group) as engine:
-        engine.rank_died("rank 0 died", 0)
+        engine.rank_lost("rank 0 died", 0)
         await until(lambda: not engine.ready)
         assert engine.healthy
         with pytest.raises(EngineNotReady, match="being replaced") as told:
@@ -410,3 +417,27 @@ async def test_limits_cannot_leave_what_the_ranks_were_built_for() -> None:
         for limits in (SchedulerConfig(9, 16, 8), SchedulerConfig(8, 0, 8), SchedulerConfig(8, 16, 9)):
             with pytest.raises(ValueError, match="while the server runs"):
                 engine.limit(limits)
+
+
+async def test_data_groups_work_side_by_side() -> None:
+    group = FakeGroup(16, 4, groups=2)
+    async with running_engine(group, parallel=ParallelConfig(data=2)) as engine:
+        assert engine.stats().pages_total == 32
+        wanted = [request(f"r{n}", (n + 3, 7), seed=n) for n in range(16)]
+        answers = await asyncio.gather(*(collect(engine, one) for one in wanted))
+    for n, events in enumerate(answers):
+        assert [t for event in events for t in event.token_ids] == alone((n + 3, 7), 8, n)
+    assert any(all(plan.group_tokens) for plan in group.plans), "both at once"
+    assert {plan.exchange for plan in group.plans} == {"all_reduce"}
+
+
+async def test_the_load_of_experts_is_asked_for_and_kept() -> None:
+    group = FakeGroup(64, 4)
+    group.slot_rows = ((3, 1, 0, 4, 2), (1, 1, 1, 1, 1))  # four experts and a replica of the first
+    async with running_engine(group) as engine:
+        assert engine.experts().load[0] == (0.0, 0.0, 0.0, 0.0)
+        await collect(engine, request())
+        status = engine.experts()
+    assert status.load[0] == (0.5, 0.1, 0.0, 0.4)
+    assert status.ranks == (((0,),) * 4,) * 2
+    assert [plan.report_load for plan in group.plans][:2] == [True, False], "not at every step"

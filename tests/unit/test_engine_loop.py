@@ -10,9 +10,11 @@ from time import monotonic, sleep
 
 from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.engine_loop import Add, Died, EngineLoop
+from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
 from cluster.messages import EngineStats, Request, SamplingParams, TokenEvent
 from cluster.observer import FailureCause, Silence, StepRecord
+from cluster.placement import even_placement
 from cluster.scheduler import Event, Scheduler
 from tests.fake_group import FakeGroup, next_token
 
@@ -52,6 +54,7 @@ class Desk:
             self.scheduler,
             group,
             ParallelConfig(),
+            ExpertLoad(even_placement(1, 4, 1), 0.0),
             lambda events: self._events.put(list(events)),
             lambda: EngineStats(self.scheduler.num_running, 0, 64, self.pool.num_held, self.scheduler.steps, 0, 0, 0),
             self.notes,

@@ -21,6 +21,7 @@ FORBIDDEN = {
 ONLY_IN = {
     "ray": {
         "cluster/worker_group.py",
+        "cluster/ray_rank.py",
         "deployments/app.py",
         "deployments/cli.py",
         "deployments/ingress.py",
@@ -32,6 +33,9 @@ WITHOUT_TORCH = {
     "cluster/messages.py",
     "cluster/scheduler.py",
     "cluster/kv_pool.py",
+    "cluster/expert_load.py",
+    "cluster/admission.py",
+    "cluster/data_group.py",
     "cluster/placement.py",
     "cluster/config.py",
     "cluster/memory.py",
