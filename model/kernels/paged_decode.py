@@ -66,7 +66,7 @@ def paged_decode(
 def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
     """Programs enough for every processor several times over; never so few that one long text holds up a batch."""
     wanted = 4 * processors // (sequences * kv_heads)
-    return min(64, max(8, triton.next_power_of_2(wanted)))
+    return min(64, max(8, 1 << max(wanted - 1, 0).bit_length()))
 
 
 @triton.jit

@@ -5,7 +5,6 @@ T: rows.  H, G: query and key-value heads.  C: head_dim.  N: slots of page memor
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

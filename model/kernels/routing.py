@@ -29,7 +29,7 @@ def choose_experts(logits_SE: Tensor, experts_per_token: int) -> tuple[Tensor, T
 
 
 def sort_pairs(expert_SK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The stable order of all pairs by expert, (P,), and where each expert's begin in it and the last one's end, (E + 1,).
+    """The stable order of all pairs by expert, and where each expert's pairs begin in it, and the last one's end.
 
     expert_SK   [[2 0] [0 1]]  ->  pairs 0..3 have experts 2 0 0 1  ->  order [1 2 3 0], first [0 2 3 4]
     """

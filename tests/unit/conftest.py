@@ -1,4 +1,4 @@
-"""Kernels of model/kernels run in Triton's interpreter here, whatever the machine. Triton reads this as it is imported."""
+"""Kernels run in Triton's interpreter here, whatever the machine. Triton looks at this when it is imported."""
 
 from __future__ import annotations
 
