@@ -202,6 +202,7 @@ class EngineLoop:
         if self._fruitless > MAX_FRUITLESS:
             raise StepFailed(f"{MAX_FRUITLESS} recoveries in a row have not led to a completed step")
         pause = monotonic() - began
+        self._scheduler.move_deadlines(pause)
         log.info("recovery %d took %.2f s", self.recoveries, pause)
         self._observer.recovered(pause)
         self.recovering = False
