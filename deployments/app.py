@@ -16,7 +16,8 @@ from ray.serve import Application, Deployment
 
 from cluster.config import EngineConfig
 from deployments.ingress import Ingress
-from deployments.resolve import Machine, Resolved, resolve
+from deployments.layout import Machine
+from deployments.resolve import Resolved, resolve
 from deployments.settings import environment, load
 
 # Requests that are neither running nor waiting in the engine: on their way in or out, probes, /v1/models.
@@ -33,7 +34,8 @@ def machine(*, may_grow: bool) -> Machine:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     # A head that takes no work has no CPUs in Ray's eyes; then this machine's count is the best guess.
     cores = int(max((node.get("CPU", 0) for node in nodes), default=0)) or os.cpu_count() or 1
-    return Machine(cores, int(sum(node.get("GPU", 0) for node in nodes)), may_grow)
+    all_cores = int(sum(node.get("CPU", 0) for node in nodes)) or cores
+    return Machine(cores, int(sum(node.get("GPU", 0) for node in nodes)), may_grow, all_cores)
 
 
 def bind(resolved: Resolved) -> Application:
@@ -64,7 +66,7 @@ def bundles(engine: EngineConfig) -> list[dict[str, float]]:
     """One per rank. The ingress sits in the first: on CUDA with a core of its own, on CPU sharing."""
     rank = {"CPU": engine.parallel.cpus_per_rank} | ({"GPU": 1.0} if engine.device == "cuda" else {})
     first = rank | {"CPU": engine.parallel.cpus_per_rank + _ingress_cpus(engine)}
-    return [first] + [dict(rank) for _ in range(engine.parallel.tensor - 1)]
+    return [first] + [dict(rank) for _ in range(engine.parallel.ranks - 1)]
 
 
 def _ingress_cpus(engine: EngineConfig) -> int:

@@ -29,7 +29,8 @@ from deployments.batch import BatchStopped, run_batch
 from deployments.batch_file import Entry, Output, read_entries
 from deployments.config_file import ConfigFile, HttpOptions, read_config_file
 from deployments.doctor import examine, page
-from deployments.resolve import Machine, Resolved, resolve
+from deployments.layout import Machine
+from deployments.resolve import Resolved, resolve
 from deployments.settings import Auth, Settings, SettingsError, environment, load
 
 CONFIG_HELP = "a Serve config file; without one, the defaults"

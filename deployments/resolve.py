@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import Device, Dtype, EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
+from deployments.layout import Machine, check_model, check_room
 from deployments.settings import Settings, SettingsError
 from model.config import Architecture, MixtralConfig, load_config
 from model.errors import ModelError
-from model.shard import Shard
 
 DEMO = "demo"
 DEMO_NAME = "mixtral-demo"
@@ -31,15 +31,6 @@ _TASKS: dict[Architecture, Literal["generate", "classify", "token_classify", "qu
     "MixtralForTokenClassification": "token_classify",
     "MixtralForQuestionAnswering": "question_answering",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What there is to run on: of the one machine, or of the cluster."""
-
-    cores: int  # of one node
-    gpus: int  # in all
-    may_grow: bool = False  # nodes may join later, so too few now is no reason to refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +64,15 @@ def resolve(settings: Settings, machine: Machine) -> Resolved:
     directory = _directory(settings.model)
     try:
         checkpoint = load_config(directory)
-        checkpoint.head_slices(Shard(tensor_size=settings.parallel.tensor))
     except ModelError as error:
         raise SettingsError(f"model: {error}.") from None
+    check_model(settings.parallel, checkpoint)
     reasons: dict[str, str] = {}
     device = _device(settings, machine, reasons)
     dtype = _dtype(settings, checkpoint, device, reasons)
     cpus_per_rank, threads = _cpus(settings, machine, device, reasons)
     _check_length(settings, checkpoint)
+    ranks = settings.parallel.tensor * settings.parallel.data
     settings = settings.model_copy(
         update={
             "model": str(directory),
@@ -89,26 +81,30 @@ def resolve(settings: Settings, machine: Machine) -> Resolved:
             "dtype": dtype,
             "task": _task(settings, checkpoint, reasons),
             "parallel": settings.parallel.model_copy(
-                update={"expert": settings.parallel.tensor, "cpus_per_rank": cpus_per_rank}
+                update={"expert": settings.parallel.expert or ranks, "cpus_per_rank": cpus_per_rank}
             ),
         }
     )
     engine = _engine_config(settings, device, dtype, cpus_per_rank, threads)
+    check_room(engine.parallel, device, machine)
     return Resolved(settings, engine, reasons, _fingerprint(settings, directory))
 
 
 def _engine_config(
     settings: Settings, device: Device, dtype: Dtype, cpus_per_rank: float, threads: int
 ) -> EngineConfig:
-    cache, scheduler = settings.kv_cache, settings.scheduler
+    cache, scheduler, parallel = settings.kv_cache, settings.scheduler, settings.parallel
     return EngineConfig(
         model_path=settings.model,
         device=device,
         dtype=dtype,
         max_model_len=settings.max_model_len,
         parallel=ParallelConfig(
-            tensor=settings.parallel.tensor,
-            exchange=settings.parallel.exchange,
+            tensor=parallel.tensor,
+            data=parallel.data,
+            expert=parallel.expert,
+            exchange=parallel.exchange,
+            spare_slots=parallel.spare_slots,
             threads_per_rank=threads,
             cpus_per_rank=cpus_per_rank,
         ),
@@ -144,7 +140,7 @@ def _task(settings: Settings, checkpoint: MixtralConfig, reasons: dict[str, str]
 def _fingerprint(settings: Settings, directory: Path) -> str:
     """Without reading the weights: another checkpoint has another config, or files of other names and sizes."""
     computed = {name: getattr(settings, name) for name in ("device", "dtype", "quantization")}
-    computed |= {"tensor": settings.parallel.tensor, "exchange": settings.parallel.exchange}
+    computed |= {name: getattr(settings.parallel, name) for name in ("tensor", "data", "expert", "exchange")}
     digest = sha256(repr(computed).encode())
     for path in sorted(directory.iterdir()):
         if path.name in ("config.json", "params.json"):
@@ -171,17 +167,6 @@ def _device(settings: Settings, machine: Machine, reasons: dict[str, str]) -> De
         reasons["device"] = f"auto: {machine.gpus} GPUs here"
         if machine.gpus == 0:
             return "cpu"
-    wanted = settings.parallel.tensor
-    if wanted > 1:
-        raise SettingsError(
-            f"parallel.tensor: must be 1 on CUDA in this version (it has no NCCL transport), not {wanted}; "
-            "set it to 1, or set device: cpu."
-        )
-    if machine.gpus < wanted and not machine.may_grow:
-        raise SettingsError(
-            f"parallel.tensor: {wanted} ranks need a GPU each and there are {machine.gpus}; "
-            "lower it, or set device: cpu."
-        )
     return "cuda"
 
 
@@ -205,7 +190,7 @@ def _dtype(settings: Settings, checkpoint: MixtralConfig, device: Device, reason
 
 def _cpus(settings: Settings, machine: Machine, device: Device, reasons: dict[str, str]) -> tuple[float, int]:
     """What each rank asks of Ray, and the torch threads it runs."""
-    ranks, cpus = settings.parallel.tensor, settings.parallel.cpus_per_rank
+    ranks, cpus = settings.parallel.tensor * settings.parallel.data, settings.parallel.cpus_per_rank
     if cpus is not None:
         return cpus, max(1, int(cpus))
     if device == "cuda":

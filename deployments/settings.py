@@ -153,13 +153,9 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _refuse_what_is_not_there_yet(settings: Settings) -> None:
     """Fields of the configuration that have one possible value in this version."""
-    parallel = settings.parallel
     only: list[tuple[str, object, tuple[object, ...]]] = [
         ("quantization", settings.quantization, ("none",)),
-        ("parallel.data", parallel.data, (1,)),
-        ("parallel.expert", parallel.expert, (None, parallel.tensor)),
-        ("parallel.spare_slots", parallel.spare_slots, (0,)),
-        ("parallel.standby", parallel.standby, (0,)),
+        ("parallel.standby", settings.parallel.standby, (0,)),
     ]
     for path, value, possible in only:
         if value not in possible:

@@ -12,8 +12,9 @@ import httpx
 
 from cluster.launch import launch_in_process
 from deployments.api import create_app
+from deployments.layout import Machine
 from deployments.live import Live
-from deployments.resolve import Machine, resolve
+from deployments.resolve import resolve
 from deployments.settings import load
 
 

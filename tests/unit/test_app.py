@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from deployments.resolve import Machine, Resolved, resolve
+from deployments.layout import Machine
+from deployments.resolve import Resolved, resolve
 from deployments.settings import load
 from tests.tiny import CONFIG
 
@@ -35,9 +36,9 @@ def options(result: Resolved) -> Any:
     return app.bind(result)._bound_deployment
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_cpu_replica_asks_for_one_cpu_in_all(ranks: int, tmp_path: Path) -> None:
-    result = resolved(tmp_path, Machine(8, 0), parallel={"tensor": ranks})
+@pytest.mark.parametrize(("ranks", "data"), [(1, 1), (2, 1), (4, 2)])
+def test_a_cpu_replica_asks_for_one_cpu_in_all(ranks: int, data: int, tmp_path: Path) -> None:
+    result = resolved(tmp_path, Machine(8, 0), parallel={"tensor": ranks // data, "data": data})
     assert bundles(result) == [{"CPU": 1 / ranks}] * ranks
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.resolve import Machine, resolve
+from deployments.layout import Machine
+from deployments.resolve import resolve
 from deployments.settings import Settings, SettingsError, load
 from tests.tiny import CONFIG
 
@@ -68,9 +69,6 @@ def test_an_override_can_say_null() -> None:
         ({1: 2}, r"\[1\]: Keys should be strings"),
         ({"autoscaling": {"min_replicas": 3}}, "min_replicas 3 is above max_replicas 1"),
         ({"quantization": "int8"}, "quantization: int8 is not possible in this version; use none"),
-        ({"parallel": {"data": 2}}, "parallel.data: 2 is not possible in this version; use 1"),
-        ({"parallel": {"tensor": 4, "expert": 2}}, "parallel.expert: 2 is not possible in this version; use null or 4"),
-        ({"parallel": {"spare_slots": 1}}, "parallel.spare_slots: 1 is not possible in this version; use 0"),
         ({"parallel": {"standby": 1}}, "parallel.standby: 1 is not possible in this version; use 0"),
     ],
 )
@@ -163,8 +161,17 @@ def test_dtype(saved: str | None, wanted: str, machine: Machine, dtype: str, che
     [
         ({"model": "mistralai/Mixtral-8x7B-v0.1"}, LAPTOP, "not a directory here.*nothing is downloaded.*or demo"),
         ({"parallel": {"tensor": 3}}, LAPTOP, "tensor parallel 3 does not fit 4 query"),
-        ({"device": "cuda"}, LAPTOP, "1 ranks need a GPU each and there are 0; lower it, or set device: cpu"),
-        ({"parallel": {"tensor": 4}}, SERVER, r"must be 1 on CUDA in this version \(it has no NCCL transport\), not 4"),
+        ({"device": "cuda"}, LAPTOP, "1 ranks need a GPU each and there are 0; lower tensor or data, or set device"),
+        ({"parallel": {"tensor": 4, "data": 4}}, SERVER, "16 ranks need a GPU each and there are 8"),
+        (
+            {"parallel": {"tensor": 2, "data": 3, "expert": 4}},
+            LAPTOP,
+            r"4 does not divide the 6 ranks.*use 1, 2, 3, 6 or",
+        ),
+        ({"parallel": {"spare_slots": 1}}, LAPTOP, "1 is more than a rank can use: 4 of 4 experts.*at most 0"),
+        ({"parallel": {"data": 4, "spare_slots": 4}}, LAPTOP, "1 of 4 experts have a slot.*use at most 3"),
+        ({"parallel": {"cpus_per_rank": 9.5}}, LAPTOP, "parallel.cpus_per_rank: 9.5 is more than any node has, 8"),
+        ({"parallel": {"data": 3, "cpus_per_rank": 3}}, LAPTOP, "3 ranks want 3 CPUs each and there are 8; lower it"),
         ({"dtype": "float16"}, LAPTOP, "float16 is many times slower.*use bfloat16 or float32"),
         ({"task": "classify"}, LAPTOP, "task: classify is not what this checkpoint was made for; use auto or generate"),
         ({"max_model_len": 513}, LAPTOP, "513 is more than the checkpoint's own, 512"),
@@ -175,6 +182,15 @@ def test_dtype(saved: str | None, wanted: str, machine: Machine, dtype: str, che
 def test_the_impossible_is_refused(args: dict[str, Any], machine: Machine, message: str, checkpoint: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         resolve(load({"model": str(checkpoint)} | args), machine)
+
+
+def test_a_layout_of_groups_slices_and_replicas(checkpoint: Path) -> None:
+    layout = {"tensor": 2, "data": 2, "expert": 2, "spare_slots": 1, "exchange": "all_reduce"}
+    parallel = resolve(load({"model": str(checkpoint), "parallel": layout}), LAPTOP).engine.parallel
+    assert (parallel.ranks, parallel.expert_slices, parallel.spare_slots) == (4, 2, 1)
+    assert (parallel.exchange, parallel.threads_per_rank, parallel.cpus_per_rank) == ("all_reduce", 2, 0.25)
+    whole = resolve(load({"model": str(checkpoint), "parallel": {"data": 2}}), LAPTOP)
+    assert whole.settings.parallel.expert == 2, "what was null is shown as it was decided"
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
