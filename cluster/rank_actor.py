@@ -1,60 +1,91 @@
-"""What runs in each rank's process: a worker, and beside it a thread of control that never waits for the worker.
+"""What runs in each rank's process: a worker, and beside it threads of control that never wait for the worker.
 
-Plain Python: cluster/worker_group.py makes a Ray actor of it. `load`, `join` and `step` run one at a time;
-`abort`, `prepare`, `watch` and `end` belong to the concurrency group "control".
+Plain Python: cluster/ray_rank.py makes a Ray actor of it. `load`, `open_store`, `join` and `step` run one at a time;
+everything below them is called beside them, from threads of its own.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import tempfile
 import threading
 
 from cluster.config import EngineConfig
+from cluster.errors import StepFailed
 from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
 from cluster.process_group import Membership, Rendezvous, Store, Transport, join, open_store
 from cluster.worker import Worker
 from model.comm import alone
 
+COLLECTIVE_TIMEOUT_S = 3600.0  # longer than any step's deadline: what hangs is aborted from outside
+STACKS_BYTES = 64 << 10
+
 
 class RankActor:
-    def __init__(self, rank: int, config: EngineConfig, placement: Placement) -> None:
-        self._rank = rank
-        self._tensor = config.parallel.tensor
-        self._worker = Worker(rank, config, placement)
-        self._ended = threading.Event()
+    """Made without a rank, so that a process can stand by until one is missing."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._busy = threading.Lock()  # held by whatever other ranks may keep from ending
+        self._aborted = False
         self._store: Store | None = None
         self._membership: Membership | None = None
 
-    def load(self) -> WorkerFacts:
+    def load(self, rank: int, placement: Placement) -> WorkerFacts:
+        self._rank = rank
+        self._worker = Worker(rank, self._config, placement)
         return self._worker.load()
 
     def open_store(self, own_address: str, size: int, epoch: int, transport: Transport) -> Rendezvous:
         """Rank 0 only: a meeting point for the group."""
-        rendezvous = Rendezvous(own_address, 0, size, self._tensor, epoch, transport)
+        tensor = self._config.parallel.tensor
+        rendezvous = Rendezvous(own_address, 0, size, tensor, epoch, transport, COLLECTIVE_TIMEOUT_S)
         self._store = open_store(rendezvous)
         return rendezvous.at(self._store.port)
 
     def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int) -> None:
         """Take a place in the group; None: there is nobody else."""
-        self._membership = None
-        if rendezvous is not None:
-            self._membership = join(rendezvous, self._rank, own_address, self._store)
-        self._worker.join(alone() if self._membership is None else self._membership.groups, num_pages)
+        with self._busy:
+            self._membership = None
+            if rendezvous is not None:
+                self._membership = join(rendezvous, self._rank, own_address, self._store)
+            self._worker.join(alone() if self._membership is None else self._membership.groups, num_pages)
+            self._aborted = False
 
     def step(self, plan: StepPlan) -> StepResult:
-        return self._worker.step(plan)
+        with self._busy:
+            if self._aborted:  # handed out before the failure, and still in the queue
+                raise StepFailed("the group was aborted")
+            return self._worker.step(plan)
+
+    def beat(self) -> None:
+        """Who answers is not frozen."""
 
     def abort(self) -> None:
-        """Nothing else can unblock a rank that waits for another one in a collective."""
+        """Call the worker out of its collectives, which nothing else can; returns when it has come."""
+        self._aborted = True
         if self._membership is not None:
             self._membership.abort()
+        with self._busy:
+            pass
+
+    def stacks(self) -> str:
+        """Where every thread is."""
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read(STACKS_BYTES).decode(errors="replace")
+
+    def memory_bytes(self) -> int:
+        """Of this process, resident."""
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def prepare(self, grammar: Grammar) -> None:
         self._worker.prepare(grammar)
 
     def watch(self) -> None:
-        """Returns once the actor is told to end. If it fails instead, the process has died."""
-        self._ended.wait()
-
-    def end(self) -> None:
-        self._ended.set()
+        """Never returns. That it fails says that the process has died."""
+        threading.Event().wait()

@@ -1,25 +1,26 @@
 """All ranks of one replica as one thing that takes a plan and gives a result; and its form as Ray actors.
 
-The other form, for tests and offline use, is cluster/in_process_group.py. Knows lifecycles, not tokens. The only file
-of cluster/ that imports ray.
+The other form, for tests and offline use, is cluster/in_process_group.py. Knows lifecycles, not tokens; a single
+actor's is in cluster/ray_rank.py. Only these two files of cluster/ import ray.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping
+from time import monotonic
+from typing import Any, Literal, Protocol
 
 from cluster.config import EngineConfig
 from cluster.errors import StepFailed
+from cluster.heartbeat import CHECK_EVERY_S, SILENT_S
 from cluster.memory import page_budget
-from cluster.messages import Grammar, RankStatus, StepPlan, StepResult, WorkerFacts
+from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
+from cluster.observer import FailureCause
 from cluster.placement import Placement
 from cluster.process_group import Transport
-from cluster.rank_actor import RankActor
+from cluster.ray_rank import Rank, create, ended, failed, results
 from cluster.results import merge
 from cluster.step_clock import StepClock
 from cluster.transport import shared_memory
@@ -27,14 +28,17 @@ from cluster.transport import shared_memory
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"  # what ranks on one node meet on: nothing listens outside
+START_TRIES = 3  # what a rank raises while loading ends the start at once; that it dies is worth another try
 STOP_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 5.0  # a rank that cannot leave a collective in this time is replaced
+FORM_TIMEOUT_S = 120.0
 DEATHS_WITHIN_S = 0.3  # a failed step is heard of before the death that caused it
+ROOM_NEWS_S = 30.0  # how often is said that a rank waits for room in the cluster
 
 
 class PendingStep(Protocol):
-    def result(self) -> StepResult:
-        """Wait for the step. Raises StepFailed if a rank could not do it."""
+    def result(self, timeout: float | None = None) -> StepResult:
+        """Wait for the step. Raises StepFailed if a rank could not do it, TimeoutError if it takes longer."""
 
 
 class WorkerGroup(Protocol):
@@ -63,13 +67,7 @@ class WorkerGroup(Protocol):
         """End every rank. Safe at any time, and twice."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Rank:
-    """One actor, and the call that fails within milliseconds of its death."""
-
-    actor: Any
-    watch: Any
-    facts: WorkerFacts
+OnLoss = Callable[[str, int, FailureCause], None]  # a sentence, the epoch it is about, and what happened
 
 
 class RayGroup:
@@ -82,24 +80,32 @@ class RayGroup:
         tokens_per_sequence: int,
         *,
         placement_group: Any = None,  # bundle r holds rank r; None: wherever Ray finds room
-        on_death: Callable[[str, int], None],  # from a watching thread, with a sentence and the epoch
+        on_loss: OnLoss,  # called from the watching thread
     ) -> None:
         self._config = config
         self._placement = placement
         self._tokens_per_sequence = tokens_per_sequence
         self._placement_group = placement_group
-        self._on_death = on_death
+        self._on_loss = on_loss
         self._clock = StepClock()
-        self._ranks: dict[int, _Rank] = {}
-        self._dead: set[int] = set()
+        self._ranks: Mapping[int, Rank] = {}  # in order; replaced, never changed, since other threads look at it
         self._num_pages = 0
         self._stopping = threading.Event()
         self.epoch = 0
 
     def start(self) -> int:
+        threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
         try:
-            self._fill()
-            facts = [rank.facts for rank in self._ranks.values()]
+            for tries_left in reversed(range(START_TRIES)):
+                try:
+                    self._fill()
+                    break
+                except StepFailed as failure:
+                    if not tries_left or self._stopping.is_set():
+                        raise
+                    log.error("%s while loading; it is started once more", failure)
+                    self._give_up(self._find_lost())
+            facts = [rank.facts for rank in self._ranks.values() if rank.facts is not None]
             self._num_pages = page_budget(self._config, facts, self._tokens_per_sequence)
             self._form()
         except BaseException:
@@ -109,184 +115,164 @@ class RayGroup:
 
     def recover(self) -> None:
         self.epoch += 1
-        self._dead |= self._find_dead() | self._abort()
-        for number in self._dead:
-            _kill(self._ranks.pop(number).actor)
+        lost = self._find_lost()
+        self._give_up(lost | self._abort(self._ranks.keys() - lost))
         self._fill()
         self._form()
         if self._stopping.is_set():  # meanwhile, and what was just started must not stay
             self.stop()
 
     def step(self, plan: StepPlan) -> PendingStep:
-        return _RayStep([rank.actor.step.remote(plan) for rank in self._ranks.values()], self._clock, self._placement)
+        ranks = list(self._ranks.values())
+        return _RayStep(ranks, [rank.actor.step.remote(plan) for rank in ranks], self._clock, self._placement)
 
     def prepare(self, grammar: Grammar) -> None:
-        _get([self._ranks[0].actor.prepare.options(concurrency_group="control").remote(grammar)])
+        results([self._ranks[0].ask("beside", "prepare", grammar)])
 
     def ranks(self) -> tuple[RankStatus, ...]:
         age = self._clock.age()
-        return tuple(
-            RankStatus(n, r.facts.pid, r.facts.node, r.facts.device, "dead" if n in self._dead else "ready", age)
-            for n, r in sorted(self._ranks.copy().items())
-        )
+        return tuple(rank.status(self._config.device, age) for rank in self._ranks.values())
 
     def stop(self) -> None:
-        import ray
-
         self._stopping.set()
-        for rank in self._ranks.values():
-            _kill(rank.actor)
-        if watches := [rank.watch for rank in self._ranks.values()]:  # each ends with its actor
-            ray.wait(watches, num_returns=len(watches), timeout=STOP_TIMEOUT_S)
-        self._dead = set(self._ranks)
+        ranks = list(self._ranks.values())
+        for rank in ranks:
+            rank.kill(by_force=rank.state == "frozen")
+        ended([rank.watch for rank in ranks], STOP_TIMEOUT_S)
+        for rank in ranks:
+            rank.state = "dead"
 
     def _fill(self) -> None:
-        """Start and load the ranks that are missing."""
-        missing = [rank for rank in range(self._config.parallel.ranks) if rank not in self._ranks]
-        actors = [self._create(rank) for rank in missing]
-        try:
-            facts: list[WorkerFacts] = _get([actor.load.remote() for actor in actors])
-        except BaseException:
-            for actor in actors:
-                _kill(actor)
-            raise
-        for number, actor, fact in zip(missing, actors, facts, strict=True):
-            watch = actor.watch.options(concurrency_group="control").remote()
-            self._ranks[number] = _Rank(actor, watch, fact)
-            gigabytes = fact.weight_bytes / 1e9
-            log.info(
-                "rank %d: %.2f GB in %.1f s, pid %d on %s", number, gigabytes, fact.load_seconds, fact.pid, fact.node
-            )
-        self._ranks = dict(sorted(self._ranks.items()))
-        self._dead.clear()
+        """Start the ranks that are missing, and wait until all have loaded."""
+        missing = {n for n in range(self._config.parallel.ranks) if n not in self._ranks or self._ranks[n].lost}
+        made = {n: Rank(n, create(self._config, self._placement_group, n), self._placement) for n in missing}
+        self._ranks = dict(sorted({**self._ranks, **made}.items()))
+        loading = [rank for rank in self._ranks.values() if rank.facts is None]
+        self._wait_for_room(loading)
+        for rank, place in zip(loading, results([rank.placing for rank in loading]), strict=True):
+            rank.located(place)
+        for rank, facts in zip(loading, results([rank.loading for rank in loading]), strict=True):
+            rank.facts = facts
+            log.info("%s: %.2f GB in %.1f s", rank, facts.weight_bytes / 1e9, facts.load_seconds)
+
+    def _wait_for_room(self, ranks: Collection[Rank]) -> None:
+        """Until every actor's process is up. Where the cluster has no room, for as long as that takes."""
+        waiting = list(ranks)
+        while waiting and not self._stopping.is_set():
+            began = monotonic()
+            done = ended([rank.placing for rank in waiting], ROOM_NEWS_S)
+            waiting = [rank for rank in waiting if rank.placing not in done]
+            if waiting and monotonic() - began >= ROOM_NEWS_S:
+                log.warning("%s: no node of the cluster has room; waiting for one", ", ".join(map(str, waiting)))
 
     def _form(self) -> None:
-        """Connect the ranks, and watch them."""
-        actors = [rank.actor for rank in self._ranks.values()]
-        addresses: list[str] = _get([actor.address.remote() for actor in actors])
+        """Connect the ranks."""
+        ranks = list(self._ranks.values())
+        addresses = [rank.place.address for rank in ranks if rank.place is not None]
         transport: Transport = "gloo"
         if len(set(addresses)) == 1:
             addresses = [LOOPBACK] * len(addresses)
             transport = "shared_memory" if shared_memory.supported() else "gloo"
         rendezvous = None
-        if len(actors) > 1:
-            (rendezvous,) = _get([actors[0].open_store.remote(addresses[0], len(actors), self.epoch, transport)])
-        _get([a.join.remote(rendezvous, at, self._num_pages) for a, at in zip(actors, addresses, strict=True)])
-        threading.Thread(target=self._watch, args=(self.epoch,), name="watch-ranks", daemon=True).start()
+        if len(ranks) > 1:
+            opened = ranks[0].actor.open_store.remote(addresses[0], len(ranks), self.epoch, transport)
+            (rendezvous,) = results([opened], FORM_TIMEOUT_S)
+        joins = [
+            rank.actor.join.remote(rendezvous, at, self._num_pages) for rank, at in zip(ranks, addresses, strict=True)
+        ]
+        results(joins, FORM_TIMEOUT_S)
+        for rank in ranks:
+            rank.joined(self.epoch)
 
-    def _create(self, rank: int) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    def _find_lost(self) -> set[int]:
+        """Those that are known to be gone, and those of which nobody has heard yet."""
+        over = ended([rank.watch for rank in self._ranks.values()])
+        return {number for number, rank in self._ranks.items() if rank.lost or rank.watch in over}
 
-        options: dict[str, Any] = {
-            "num_cpus": self._config.parallel.cpus_per_rank,
-            "num_gpus": 1 if self._config.device == "cuda" else 0,
-            "max_restarts": 0,
-            "concurrency_groups": {"control": 4},
-        }
-        if self._placement_group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                self._placement_group, placement_group_bundle_index=rank
-            )
-        return ray.remote(**options)(_RayRank).remote(rank, self._config, self._placement)
+    def _abort(self, numbers: Collection[int]) -> set[int]:
+        """Call ranks out of their collectives; those that did not come."""
+        calls = {self._ranks[n].ask("control", "abort"): n for n in numbers if self._ranks[n].state == "ready"}
+        came = {calls[call] for call in ended(list(calls), ABORT_TIMEOUT_S) if not failed(call)}
+        return set(calls.values()) - came
 
-    def _watch(self, epoch: int) -> None:
-        """Wait for the first death of an epoch."""
-        import ray
+    def _give_up(self, numbers: Collection[int]) -> None:
+        """End these for certain; the next _fill replaces them."""
+        for number in numbers:
+            rank = self._ranks[number]
+            rank.kill(by_force=True)
+            if not rank.lost:
+                rank.state = "dead"
 
-        ranks = dict(self._ranks)
-        ray.wait([rank.watch for rank in ranks.values()], num_returns=1)
-        if self._stopping.is_set() or self.epoch != epoch:
+    def _watch(self) -> None:
+        """Hear of every death at once, and ask every rank twice a second whether it is there."""
+        asked = monotonic()
+        while not self._stopping.is_set():
+            ranks = [rank for rank in self._ranks.values() if not rank.lost]
+            if ranks:
+                ended([rank.watch for rank in ranks], CHECK_EVERY_S, at_least=1)
+            else:
+                self._stopping.wait(CHECK_EVERY_S)
+            over = ended([rank.watch for rank in ranks])
+            dead = [rank for rank in ranks if rank.watch in over]
+            frozen = []
+            if (elapsed := monotonic() - asked) >= CHECK_EVERY_S:
+                asked = monotonic()
+                frozen = [rank for rank in ranks if rank not in dead and rank.frozen(elapsed)]
+            self._lose(dead, "dead")
+            self._lose(frozen, "frozen")
+
+    def _lose(self, ranks: Collection[Rank], state: Literal["dead", "frozen"]) -> None:
+        if not ranks or self._stopping.is_set():
             return
-        self._dead |= self._find_dead()
-        names = [f"rank {n} (pid {ranks[n].facts.pid} on {ranks[n].facts.node})" for n in sorted(self._dead)]
-        self._on_death(f"{' and '.join(names)} died", epoch)
-
-    def _find_dead(self) -> set[int]:
-        import ray
-
-        watches = {rank.watch: number for number, rank in self._ranks.items()}
-        ray.wait(list(watches), num_returns=1, timeout=DEATHS_WITHIN_S)
-        ended, _ = ray.wait(list(watches), num_returns=len(watches), timeout=0.01)
-        return {watches[watch] for watch in ended}
-
-    def _abort(self) -> set[int]:
-        """Call every survivor out of its collectives; the ranks that did not come."""
-        import ray
-
-        calls = {
-            rank.actor.abort.options(concurrency_group="control").remote(): number
-            for number, rank in self._ranks.items()
-            if number not in self._dead
-        }
-        if not calls:
-            return set()
-        ended, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=ABORT_TIMEOUT_S)
-        lost = {calls[call] for call in waiting}
-        for call in ended:
-            try:
-                ray.get(call)
-            except ray.exceptions.RayError:
-                lost.add(calls[call])
-        return lost
-
-
-def _kill(actor: Any) -> None:
-    import ray
-
-    with contextlib.suppress(ray.exceptions.RayError):  # it may be dead already
-        ray.kill(actor)
-
-
-def _get(references: Sequence[Any]) -> Any:
-    """The results of calls to ranks; what a rank raised, without Ray's wrapping."""
-    import ray
-
-    try:
-        return ray.get(list(references))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayActorError as error:
-        raise StepFailed(f"a rank died: {str(error).splitlines()[0]}") from error
-
-
-class _RayRank(RankActor):
-    """A rank that can say where Ray put it."""
-
-    def address(self) -> str:
-        import ray
-
-        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return address
+        for rank in ranks:
+            rank.state = state
+            if state == "frozen":
+                rank.kill(by_force=True)
+        names = " and ".join(map(str, ranks))
+        epoch = max(rank.epoch for rank in ranks)
+        if state == "dead":
+            self._on_loss(f"{names} died", epoch, "died")
+        else:
+            self._on_loss(f"{names} has not answered for {SILENT_S:g} s", epoch, "frozen")
 
 
 class _RayStep:
-    def __init__(self, references: list[Any], clock: StepClock, placement: Placement) -> None:
+    def __init__(self, ranks: list[Rank], references: list[Any], clock: StepClock, placement: Placement) -> None:
+        self._ranks = ranks
         self._references = references
         self._clock = clock
         self._placement = placement
 
-    def result(self) -> StepResult:
+    def result(self, timeout: float | None = None) -> StepResult:
         import ray
 
         try:
-            results: list[StepResult] = ray.get(self._references)
+            results: list[StepResult] = ray.get(self._references, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:  # a TimeoutError
+            raise
         except ray.exceptions.RayError as error:
-            raise StepFailed(self._culprit(error)) from error
+            raise self._failure() from error
         self._clock.tick()
         return merge(results, self._placement)
 
-    def _culprit(self, error: Exception) -> str:
-        """Which rank failed, and how, in one sentence."""
+    def _failure(self) -> StepFailed:
+        """Which rank failed, and how, in one sentence. A death comes first: the others only fail because of it."""
         import ray
 
-        for rank, reference in enumerate(self._references):
+        ended(self._references, DEATHS_WITHIN_S)
+        raised: list[tuple[Rank, Exception]] = []
+        for rank, reference in zip(self._ranks, self._references, strict=True):
             try:
                 ray.get(reference, timeout=0)
-            except ray.exceptions.ActorDiedError:
-                return f"rank {rank} died during a step"
-            except ray.exceptions.RayTaskError as failure:
-                error = failure.cause
+            except ray.exceptions.RayTaskError as error:
+                raised.append((rank, error.cause))
+            except ray.exceptions.RayActorError:
+                if rank.state == "frozen":
+                    return StepFailed(f"{rank} froze during a step", "frozen")
+                return StepFailed(f"{rank} died during a step", "died")
             except ray.exceptions.GetTimeoutError:
                 continue
-        return f"a rank failed during a step: {error}"
+        assert raised
+        rank, cause = min(raised, key=lambda failure: isinstance(failure[1], ConnectionError))
+        text = str(cause) if isinstance(cause, StepFailed) else f"{type(cause).__name__}: {cause}"
+        return StepFailed(f"{rank} failed in a step: {text}")

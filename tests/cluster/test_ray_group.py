@@ -15,6 +15,7 @@ from cluster.config import EngineConfig, ParallelConfig
 from cluster.engine import Engine
 from cluster.launch import launch, launch_in_process
 from cluster.messages import Request, SamplingParams
+from cluster.observer import Silence
 from model.errors import CheckpointError
 from tests.tiny import write_checkpoint
 
@@ -110,6 +111,29 @@ async def test_when_ranks_are_killed_no_stream_loses_or_repeats_a_token(
     finally:
         await engine.stop()
     await _gone([rank.pid for rank in (*before, *after)])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+async def test_a_frozen_rank_is_found_and_replaced_alone_or_in_company(checkpoint: Path, tensor: int) -> None:
+    failures: list[str] = []
+    observer = Silence()
+    observer.rank_failed = failures.append  # type: ignore[method-assign]
+    engine = await launch(config(checkpoint, tensor), observer=observer)
+    try:
+        progress: dict[str, int] = {}
+        running = asyncio.ensure_future(streams(engine, progress))
+        await _until(lambda: progress and min(progress.values()) >= 5)
+        began = monotonic()
+        frozen = engine.ranks()[-1].pid
+        os.kill(frozen, signal.SIGSTOP)
+        await _until(lambda: failures == ["frozen"], seconds=60)
+        print(f"tensor {tensor}: found after {monotonic() - began:.2f} s")
+        await _until(lambda: engine.stats().recoveries == 1 and engine.ready, seconds=60)
+        print(f"tensor {tensor}: serving again after {monotonic() - began:.2f} s")
+        assert len(set(await running)) > len(PROMPTS)
+    finally:
+        await engine.stop()
+    await _gone([frozen])
 
 
 async def test_a_death_while_idle_is_mended_before_anybody_asks(checkpoint: Path) -> None:
