@@ -147,9 +147,9 @@ def quantize_rows(weight_BI: Tensor, mode: Mode) -> QuantizedWeight:
             scale_BG1 = rounded(weight_BGg.abs().amax(-1, keepdim=True) / FP8_MAX)
             packed = (weight_BGg / scale_BG1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         case "int4":
-            # The scale takes the sign that makes the largest weight -8, of which there is no +8: an eighth less error.
-            largest_BG1 = weight_BGg.gather(-1, weight_BGg.abs().argmax(-1, keepdim=True))
-            scale_BG1 = rounded(largest_BG1 / -8)
+            # The scale takes the sign that makes the largest weight -8, for there is no +8: an eighth less error.
+            low_BG1, high_BG1 = weight_BGg.aminmax(dim=-1, keepdim=True)
+            scale_BG1 = rounded(torch.where(high_BG1 > -low_BG1, high_BG1, low_BG1) / -8)
             packed = pack_halves((weight_BGg / scale_BG1).round_().clamp_(-8, 7).add_(8))
         case "nf4":
             scale_BG1 = weight_BGg.abs().amax(-1, keepdim=True)
