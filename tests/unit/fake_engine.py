@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
+<<<<<<< Updated upstream
 from cluster.config import EngineConfig
 from cluster.messages import (
     EncodeRequest,
@@ -20,6 +21,16 @@ from cluster.messages import (
     FinishReason,
     RankStatus,
     Request,
+=======
+from cluster.config import EngineConfig, SchedulerConfig
+from cluster.messages import (
+    EncodeRequest,
+    EngineStats,
+    FinishReason,
+    RankStatus,
+    Request,
+    Routing,
+>>>>>>> Stashed changes
     TokenEvent,
     TokenLogprob,
 )
@@ -119,7 +130,13 @@ def _spelt(request: Request, choice: int, text: str, position: int, finish_reaso
         finish_reason=finish_reason if token == 2 else None,
         logprobs=() if sampling.logprobs is None else (_logprob(token, sampling.logprobs),),
         prompt_logprobs=prompt_logprobs,
+        routing=((routing_of(token),) if sampling.return_routing else ()),
     )
+
+
+def routing_of(token: int) -> Routing:
+    """Two layers, two experts of four each."""
+    return tuple((((token + layer) % 4, 0.75), ((token + layer + 1) % 4, 0.25)) for layer in range(2))
 
 
 def _logprob(token: int, top: int) -> TokenLogprob:
@@ -187,6 +204,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.finished: list[str] = []
         self.aborted: list[str] = []
+        self.limits: SchedulerConfig | None = None
         self.stopped = False
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
@@ -210,8 +228,13 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(1, 2, 30, 4, steps=5, prompt_tokens=6, generated_tokens=7, preemptions=0)
 
+<<<<<<< Updated upstream
     def experts(self) -> ExpertsStatus:
         return ExpertsStatus(3, 1, ranks=(((0,), (0, 1)),), load=((0.25, 0.75),), imbalance=(1.25,))
+=======
+    def limit(self, limits: SchedulerConfig) -> None:
+        self.limits = limits
+>>>>>>> Stashed changes
 
     def ranks(self) -> tuple[RankStatus, ...]:
         state = "ready" if self.ready else "dead"
