@@ -1,0 +1,45 @@
+"""Layouts of ranks on real actors: the text of one process, and a rank that cannot load says why."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cluster.config import EngineConfig, ParallelConfig
+from cluster.engine import Engine
+from cluster.launch import launch, launch_in_process
+from cluster.messages import Request, SamplingParams
+from tests.tiny import write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+async def answers(engine: Engine) -> list[str]:
+    """Six at once, greedy and seeded, more than one for each data group."""
+
+    async def answer(number: int) -> str:
+        ids = tuple(engine.tokenizer.encode("tokens travel to the rank " * (number + 1)))
+        sampling = SamplingParams(16, temperature=0.0 if number % 2 else 0.9, seed=number, ignore_eos=True)
+        return "".join([event.text async for event in engine.generate(Request(str(number), ids, sampling))])
+
+    return await asyncio.gather(*(answer(number) for number in range(6)))
+
+
+async def test_every_layout_answers_like_one_process(tmp_path: Path) -> None:
+    checkpoint = str(write_checkpoint(tmp_path / "tiny"))
+    alone = await launch_in_process(EngineConfig(checkpoint))
+    expected = await answers(alone)
+    await alone.stop()
+    assert len(set(expected)) == 6
+    for parallel in (
+        ParallelConfig(data=2, cpus_per_rank=0.5),
+        ParallelConfig(2, 2, expert=2, spare_slots=1, exchange="all_to_all", cpus_per_rank=0.25),
+    ):
+        engine = await launch(EngineConfig(checkpoint, parallel=parallel))
+        try:
+            assert await answers(engine) == expected
+            assert len(engine.ranks()) == parallel.ranks
+        finally:
+            await engine.stop()
