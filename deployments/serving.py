@@ -9,12 +9,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-<<<<<<< Updated upstream
-from cluster.messages import EncodeRequest, EngineStats, ExpertsStatus, RankStatus, Request, TokenEvent
-=======
 from cluster.config import SchedulerConfig
-from cluster.messages import EncodeRequest, EngineStats, RankStatus, Request, TokenEvent
->>>>>>> Stashed changes
+from cluster.messages import EncodeRequest, EngineStats, ExpertsStatus, RankStatus, Request, TokenEvent
 from deployments.admission import Pace
 from deployments.live import Live
 from deployments.metrics import Metrics
@@ -86,12 +82,10 @@ class Engine(Protocol):
 
     def ranks(self) -> tuple[RankStatus, ...]: ...
 
-<<<<<<< Updated upstream
     def experts(self) -> ExpertsStatus: ...
-=======
+
     def limit(self, limits: SchedulerConfig) -> None:
         """Admit by these from now on; none is above what the engine was started with."""
->>>>>>> Stashed changes
 
     async def stop(self) -> None: ...
 

@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
-<<<<<<< Updated upstream
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, SchedulerConfig
 from cluster.messages import (
     EncodeRequest,
     EngineStats,
@@ -21,16 +20,7 @@ from cluster.messages import (
     FinishReason,
     RankStatus,
     Request,
-=======
-from cluster.config import EngineConfig, SchedulerConfig
-from cluster.messages import (
-    EncodeRequest,
-    EngineStats,
-    FinishReason,
-    RankStatus,
-    Request,
     Routing,
->>>>>>> Stashed changes
     TokenEvent,
     TokenLogprob,
 )
@@ -228,13 +218,11 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(1, 2, 30, 4, steps=5, prompt_tokens=6, generated_tokens=7, preemptions=0)
 
-<<<<<<< Updated upstream
     def experts(self) -> ExpertsStatus:
         return ExpertsStatus(3, 1, ranks=(((0,), (0, 1)),), load=((0.25, 0.75),), imbalance=(1.25,))
-=======
+
     def limit(self, limits: SchedulerConfig) -> None:
         self.limits = limits
->>>>>>> Stashed changes
 
     def ranks(self) -> tuple[RankStatus, ...]:
         state = "ready" if self.ready else "dead"
