@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from cluster.data_group import DataGroup, GroupStep
 from cluster.sequence import Sequence
 
-# Prompts that begin alike must not all crowd into one group while others idle: what is found in a group that runs so
-# many more than the emptiest does not count.
+# Prompts that begin alike must not all crowd into one group while others idle: a group that runs so many more than the
+# emptiest comes last, whatever is found there.
 CROWD = 8
 
 
@@ -31,11 +31,14 @@ class Place:
 def choose_place(
     sequence: Sequence, groups: Many[DataGroup], steps: Many[GroupStep], max_step_tokens: int
 ) -> Place | None:
-    """The group with the longest prefix, then with the most free pages, then the first; None: it has to wait."""
+    """Of the groups that are not crowded the one with the longest prefix, then the most free pages, then the first.
+
+    None: the sequence has to wait.
+    """
     if groups[0].pool.prefix_caching and not sequence.wants_all_rows:
         groups[0].pool.extend(sequence.digests, sequence.token_ids, sequence.salt)
-    emptiest = min(len(group.running) for group in groups)
-    best, merit = None, (-1, -1)
+    crowd = min(len(group.running) for group in groups) + CROWD
+    best, merit = None, (False, 0, -1)
     for group, step in zip(groups, steps, strict=True):
         # Whoever runs gets a token every step, so no more may run than the budget has tokens.
         if not step.budget or len(group.running) >= max_step_tokens:
@@ -44,8 +47,7 @@ def choose_place(
         if not group.fits(sequence, pages, max_step_tokens):
             continue
         leads = sequence.leader is not None and group.has_prompt_of(sequence.leader)
-        counts = leads or len(group.running) < emptiest + CROWD
-        this = (len(pages) if counts else 0, group.pool.num_available)
+        this = (leads or len(group.running) < crowd, len(pages), group.pool.num_available)
         if this > merit:
             best, merit = Place(group, step, pages), this
     return best
