@@ -12,7 +12,7 @@ what two ranks of a node both touch is read from disk once and comes from its pa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,24 @@ def load_weights(
         )
 
 
+def load_experts(
+    directory: Path,
+    config: MixtralConfig,
+    shard: Shard,
+    wanted: Iterable[tuple[int, int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[tuple[int, int], ExpertWeights]:
+    """Experts by layer and number, cut as the shard says: what a rank reads when experts move to it."""
+    ffn = shard.ffn_rows(config.intermediate_size)
+    with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(READERS) as pool:
+        loader = Loader(checkpoint, pool, dtype, device, check_finite=False)
+        experts = {key: loader.expert(*key, ffn) for key in wanted}
+        loader.wait(None)
+        return {key: expert() for key, expert in experts.items()}
+
+
 def head_piece(config: MixtralConfig, tokens: range) -> Piece:
     """A language model's head is cut like its vocabulary, a classifier's lies whole on every rank."""
     if config.is_language_model:
@@ -130,23 +148,22 @@ class Loader:
         output = self.linear(Piece(Matrix("o", layer), columns=queries))
         moe_norm = self.vector(Piece(Matrix("moe_norm", layer)))
         router = self.matrix(Piece(Matrix("router", layer)))
-        slots = [
-            (
-                self.linear(
-                    Piece(Matrix("gate", layer, expert), rows=ffn), Piece(Matrix("up", layer, expert), rows=ffn)
-                ),
-                self.linear(Piece(Matrix("down", layer, expert), columns=ffn)),
-            )
-            for expert in experts
-        ]
+        slots = [self.expert(layer, expert, ffn) for expert in experts]
         return lambda: BlockWeights(
             attention_norm.result(),
             qkv.result(),
             output.result(),
             moe_norm.result(),
             router.result(),
-            tuple(ExpertWeights(gate_up.result(), down.result()) for gate_up, down in slots),
+            tuple(expert() for expert in slots),
         )
+
+    def expert(self, layer: int, expert: int, ffn: range) -> Callable[[], ExpertWeights]:
+        gate_up = self.linear(
+            Piece(Matrix("gate", layer, expert), rows=ffn), Piece(Matrix("up", layer, expert), rows=ffn)
+        )
+        down = self.linear(Piece(Matrix("down", layer, expert), columns=ffn))
+        return lambda: ExpertWeights(gate_up.result(), down.result())
 
     def wait(self, progress: Progress | None) -> None:
         """Until all is read, or something could not be: then nothing more is begun."""

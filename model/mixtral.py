@@ -94,6 +94,13 @@ class Mixtral:
         self._stages.start("head")
         return logits_VR.T.contiguous()
 
+    @torch.inference_mode()
+    def probe(self, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor, exchange: Exchange) -> Tensor:
+        """What one block's experts give for rows that somebody else has routed, (S, D)."""
+        exchange = self._backend.exchange(exchange)
+        dispatched = exchange.dispatch(layer, x_SD, expert_SK, weight_SK)
+        return exchange.combine(dispatched, self._blocks[layer].experts(dispatched))
+
     def _embed(self, token_ids_T: Tensor) -> Tensor:
         embedding_VD = self._weights.embedding_VD
         if self._tensor.size == 1:
@@ -134,7 +141,7 @@ class Block:
         self._weights = weights
         self._next_norm_D = next_norm_D
         self._backend = backend
-        self._experts = backend.experts(weights.experts)
+        self.experts = backend.experts(weights.experts)
         self._stages = stages
 
     def __call__(
@@ -159,7 +166,7 @@ class Block:
         start("exchange")
         dispatched = exchange.dispatch(self._layer, normed_SD, routing.expert_SK, routing.weight_SK)
         start("experts")
-        y_ND = self._experts(dispatched)
+        y_ND = self.experts(dispatched)
         start("exchange")
         combined_SD = exchange.combine(dispatched, y_ND)
         start("attention")
