@@ -9,13 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from deployments.body_fields import Body, MessageText, Neutral
-from deployments.protocol import GENERATION_NEUTRAL, MAX_LOGPROBS, GenerationRequest
+from deployments.protocol import MAX_LOGPROBS, GenerationRequest
 from deployments.tools import MAX_TOOLS, FunctionName, NamedTool, Tool, ToolChoice, template_call_id
 
 MAX_MESSAGES = 4096
 
 CHAT_NEUTRAL: Neutral = {
-    **GENERATION_NEUTRAL,
     "add_special_tokens": (False,),  # the chat template writes them
     "audio": (),
     "echo": (False,),

@@ -34,6 +34,8 @@ from deployments.streaming import EventStream, gather, sent_events
 from deployments.tasks import require
 from deployments.tools import calls_grammar, text_or_calls_grammar
 
+MAX_ROUTED_TOKENS = 4096  # of one document
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -63,13 +65,7 @@ class Generation:
         body = parse(CompletionRequest, await read_json(request))
         self._check(body, len(body.prompt))
         prompts = await self._prompts.encode_all(body.prompt, body.add_special_tokens)
-        shown = Shown(
-            body.logprobs is not None,
-            body.prompt_logprobs is not None,
-            body.return_token_ids,
-            body.echo,
-            not body.skip_special_tokens,
-        )
+        shown = _shown(body, logprobs=body.logprobs is not None, echo=body.echo)
         wanted = Wanted(prompts, "prompt", shown, body.grammar, body.echo, continues_prompt=True)
         reply = CompletionReply(self._frame("cmpl", body), shown, self._prompts.tokenizer)
         return await self._answer(request, body, wanted, reply)
@@ -78,9 +74,7 @@ class Generation:
         body = parse(ChatRequest, await read_json(request))
         self._check(body, 1)
         prompt = await self._prompts.of_chat(body.messages, body.callable_tools)
-        shown = Shown(
-            body.logprobs, body.prompt_logprobs is not None, body.return_token_ids, False, not body.skip_special_tokens
-        )
+        shown = _shown(body, logprobs=body.logprobs)
         grammar, calls = body.grammar, None
         if body.callable_tools:
             calls = CallsWanted(body.must_call, None if body.parallel_tool_calls else 1, body.names_a_tool)
@@ -94,6 +88,7 @@ class Generation:
         service, record = self._service, record_of(request.scope)
         common = self._engine_request(body, wanted, reply.id, f"{record.key or ''}:{body.user}")
         requests = [self._with_prompt(common, body, wanted, index) for index in range(len(wanted.prompts))]
+        _refuse_long_routing(body, requests)
         record.request_id = reply.id
         record.prompt_tokens = sum(len(each.prompt_ids) for each in requests)
         answers = run(service, requests)
@@ -171,6 +166,28 @@ class Generation:
     def _frame(self, kind: str, body: GenerationRequest) -> Frame:
         identity = f"{kind}-{body.request_id or secrets.token_hex(12)}"
         return Frame(identity, body.model, int(time.time()), self._service.fingerprint)
+
+
+def _shown(body: GenerationRequest, *, logprobs: bool, echo: bool = False) -> Shown:
+    return Shown(
+        logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        token_ids=body.return_token_ids,
+        echo=echo,
+        special_tokens=not body.skip_special_tokens,
+        routing=body.return_routing,
+    )
+
+
+def _refuse_long_routing(body: GenerationRequest, requests: Sequence[messages.Request]) -> None:
+    """Routing takes kilobytes a token: a stream hands them on, a document would have to hold them all."""
+    tokens = sum(request.sampling.max_tokens * request.n for request in requests)
+    if body.return_routing and not body.stream and tokens > MAX_ROUTED_TOKENS:
+        raise invalid(
+            f"return_routing: without stream at most {MAX_ROUTED_TOKENS} tokens are possible with it, and this request "
+            f"may get {tokens}; set a smaller max_tokens, or stream: true.",
+            "return_routing",
+        )
 
 
 async def _first(answers: Answers) -> Item:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from cluster.config import SchedulerConfig
 from cluster.launch import launch
 from deployments import access_log
 from deployments.api import create_app
@@ -38,12 +39,14 @@ class Ingress:
             self._live.apply(user_config)
         else:
             self._live.change(user_config)
+            self._limit_engine()
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         from ray import serve
         from ray.util.placement_group import get_current_placement_group
 
         logger.info("configuration\n%s", self._resolved.table())
+        self._limit_engine()
         replica = serve.get_replica_context().replica_id.unique_id
         metrics = Metrics(self._resolved.model_names[0], replica)
         self._engine = await launch(self._resolved.engine, get_current_placement_group(), metrics)
@@ -55,3 +58,7 @@ class Ingress:
         """Raises when only a new replica helps. Reads a flag: a busy engine is not an ill one."""
         if self._engine is not None and not self._engine.healthy:
             raise RuntimeError("the engine cannot answer any more")
+
+    def _limit_engine(self) -> None:
+        assert self._engine is not None
+        self._engine.limit(SchedulerConfig(**self._live.scheduler.model_dump()))

@@ -19,9 +19,7 @@ MAX_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_NAMED_TOKENS = 1 << 16
 
-GENERATION_NEUTRAL: Neutral = {"return_routing": (False,)}
-
-COMPLETION_NEUTRAL: Neutral = {**GENERATION_NEUTRAL, "best_of": (1,), "suffix": ("",)}
+COMPLETION_NEUTRAL: Neutral = {"best_of": (1,), "suffix": ("",)}
 
 # Fields about the caller's account with a hosted service: any value of their type is fine, there is nothing to do.
 NOTHING_TO_DO = ("metadata", "prompt_cache_key", "safety_identifier")
@@ -75,6 +73,7 @@ class GenerationRequest(Body):
         None, ge=0, le=MAX_LOGPROBS, description="extension; of each prompt token but the first; not with `stream`"
     )
     return_token_ids: bool = Field(False, description="extension; `token_ids` and `prompt_token_ids` in the answer")
+    return_routing: bool = Field(False, description="extension; `routing` in the answer: the experts of each token")
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, le=1 << 31, description="extension; only the last so many of the prompt; -1: as many as fit"
     )

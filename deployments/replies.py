@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.messages import TokenEvent
+from cluster.messages import Routing, TokenEvent
 from deployments.logprobs import prompt_logprobs
 from deployments.serving import Tokenizer
 
@@ -70,6 +70,7 @@ class Shown:
     token_ids: bool = False
     echo: bool = False
     special_tokens: bool = False
+    routing: bool = False
 
     def extras(self, event: TokenEvent, prompt_ids: Sequence[int], tokenizer: Tokenizer, *, first: bool) -> Json:
         extras: Json = {}
@@ -79,6 +80,8 @@ class Shown:
             extras["token_ids"] = list(event.token_ids)
             if first:
                 extras["prompt_token_ids"] = list(prompt_ids)
+        if self.routing:
+            extras["routing"] = [_by_layer(routing) for routing in event.routing]
         if first and self.prompt_logprobs and event.prompt_logprobs is not None:
             extras["prompt_logprobs"] = prompt_logprobs(event.prompt_logprobs, tokenizer)
         return extras
@@ -90,6 +93,12 @@ def merged_extras(parts: Sequence[Json]) -> Json:
     for name in ("stop_reason", *OF_THE_ANSWER):
         values = [part[name] for part in parts if name in part]
         merged |= {name: values[0]} if values else {}
-    if any("token_ids" in part for part in parts):
-        merged["token_ids"] = [token for part in parts for token in part.get("token_ids", [])]
+    for name in ("token_ids", "routing"):  # one for each token
+        if any(name in part for part in parts):
+            merged[name] = [one for part in parts for one in part.get(name, [])]
     return merged
+
+
+def _by_layer(routing: Routing) -> list[list[Json]]:
+    """Of one token."""
+    return [[{"expert": expert, "weight": round(weight, 4)} for expert, weight in chosen] for chosen in routing]

@@ -44,6 +44,7 @@ def sampling_params(
         bad_words=tuple(_bad_words(body.bad_words, prompts)),
         grammar=grammar,
         logprobs=body.wanted_logprobs,
+        return_routing=body.return_routing,
         prompt_logprobs=body.wanted_logprobs if echo and body.prompt_logprobs is None else body.prompt_logprobs,
     )
 

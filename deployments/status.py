@@ -39,7 +39,7 @@ class Status:
         if live.keys.accept(request.headers.get("authorization")):
             stats = self._engine.stats()
             answer |= {
-                "config": self._config | {"limits": live.limits.model_dump()},
+                "config": self._config | {"limits": live.limits.model_dump(), "scheduler": live.scheduler.model_dump()},
                 "ranks": [asdict(rank) for rank in self._engine.ranks()],
                 "recoveries": stats.recoveries,
                 "kv": {"pages_total": stats.pages_total, "pages_used": stats.pages_used},

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.config import SchedulerConfig
 from deployments import access_log
 from deployments.api import create_app
 from deployments.ingress import Ingress
@@ -30,9 +31,23 @@ async def test_a_limit_changes_under_a_running_server() -> None:
         answer = await client.post("/v1/completions", json=body)
         assert "at most 1 here" in answer.json()["error"]["message"]
         assert (await client.post("/tokenize", json={"prompt": "a" * 1500})).status_code == 413
-        assert (await client.get("/health")).json()["config"]["limits"]["max_n"] == 1
+        live.apply({"limits": {"max_n": 1, "max_body_bytes": 1024}, "scheduler": {"max_waiting": 7}})
+        config = (await client.get("/health")).json()["config"]
+        assert (config["limits"]["max_n"], config["scheduler"]["max_waiting"]) == (1, 7)
         live.apply(None)
         assert (await client.post("/tokenize", json={"prompt": "a" * 1500})).status_code == 200
+
+
+async def test_the_engine_admits_by_the_limits_that_were_changed_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_log, "keep", lambda where: None)  # there is one log in a process
+    ingress, engine = Ingress(resolved(load({"scheduler": {"max_running": 8}}))), FakeEngine()
+    monkeypatch.setattr(ingress, "_engine", engine)  # as once it has been launched
+    ingress.reconfigure({"scheduler": {"max_running": 4, "max_waiting": 0}})
+    assert engine.limits == SchedulerConfig(4, 2048, 0)
+    ingress.reconfigure({"scheduler": {"max_running": 9}})
+    assert engine.limits == SchedulerConfig(4, 2048, 0)
+    ingress.reconfigure(None)
+    assert engine.limits == SchedulerConfig(8, 2048, 1024)
 
 
 async def test_keys_appear_under_a_running_server(tmp_path: Path) -> None:
@@ -57,6 +72,8 @@ async def test_keys_appear_under_a_running_server(tmp_path: Path) -> None:
         ({"limits": 3}, "limits: should be a valid dictionary"),
         ({"model": "x"}, "model is not a field"),
         ({"limits": {"request_timeout_s": 601}}, "can be lowered while serving, not raised above the 600"),
+        ({"scheduler": {"max_running": 257}}, r"scheduler\.max_running can be lowered .* above the 256 of args"),
+        ({"scheduler": {"max_running": 0}}, "scheduler.max_running"),
         ({"auth": {"api_keys_file": "/nowhere"}, "limits": {"max_n": 7}}, "cannot be read"),
     ],
 )

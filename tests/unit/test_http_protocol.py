@@ -97,7 +97,7 @@ async def test_any_other_value_is_refused_by_name(
         ("/v1/completions", {"allowed_token_ids": [1000]}, "allowed_token_ids", "0 to 999"),
         ("/v1/completions", {"min_tokens": 17}, "min_tokens", "17 is more than the 16 tokens"),
         ("/v1/completions", {"truncate_prompt_tokens": 0}, "", "must be -1, or 1 or more"),
-        ("/v1/completions", {"return_routing": True}, "return_routing", "use false"),
+        ("/v1/completions", {"return_routing": 1}, "return_routing", "valid boolean"),
         ("/v1/completions", {"structured_outputs": {}}, "structured_outputs", "exactly one of json"),
         ("/v1/completions", {"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"),
         ("/v1/completions", {"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
