@@ -44,7 +44,8 @@ def bind(resolved: Resolved) -> Application:
     if scaling.min_replicas == scaling.max_replicas:
         replicas: dict[str, Any] = {"num_replicas": scaling.min_replicas}
     else:
-        replicas = {"autoscaling_config": scaling.model_dump()}
+        policy = {"policy_function": "deployments.autoscaling:Policy"}
+        replicas = {"autoscaling_config": scaling.model_dump() | {"policy": policy}}
     deployment: Deployment = serve.deployment(  # type: ignore[assignment]  # it also is a decorator
         serve.ingress()(Ingress),
         name="ingress",

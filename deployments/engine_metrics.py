@@ -7,7 +7,7 @@ from typing import Protocol
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from cluster.messages import EngineStats, RankStatus
+from cluster.messages import EngineStats, ExpertsStatus, RankStatus
 
 
 class EngineFacts(Protocol):
@@ -23,12 +23,15 @@ class EngineFacts(Protocol):
 
     def ranks(self) -> Sequence[RankStatus]: ...
 
+    def experts(self) -> ExpertsStatus: ...
+
 
 def engine_metrics(engine: EngineFacts) -> Iterator[Metric]:
     yield _gauge("healthy", "1 while this replica can serve.", engine.healthy)
     yield _gauge("ready", "1 while requests should be sent here.", engine.ready)
     yield from _counters(engine.stats())
     yield from _ranks(engine.ranks())
+    yield from _experts(engine.experts())
 
 
 def _counters(stats: EngineStats) -> Iterator[Metric]:
@@ -60,6 +63,26 @@ def _ranks(ranks: Sequence[RankStatus]) -> Iterator[Metric]:
             age.add_metric((str(one.rank),), one.last_step_age_s)
     yield up
     yield age
+
+
+def _experts(experts: ExpertsStatus) -> Iterator[Metric]:
+    yield _gauge(
+        "expert_placement", "Number of the placement in force: counts up with every change.", experts.placement
+    )
+    place = GaugeMetricFamily(
+        "mixtral_expert_location", "1 for every rank that holds the expert.", labels=("layer", "expert", "rank")
+    )
+    for layer, of_layer in enumerate(experts.ranks):
+        for expert, ranks in enumerate(of_layer):
+            for rank in ranks:
+                place.add_metric((str(layer), str(expert), str(rank)), 1)
+    yield place
+    imbalance = GaugeMetricFamily(
+        "mixtral_expert_imbalance_ratio", "Rows of the busiest rank over the mean of all; 1: even.", labels=("layer",)
+    )
+    for layer, ratio in enumerate(experts.imbalance):
+        imbalance.add_metric((str(layer),), ratio)
+    yield imbalance
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

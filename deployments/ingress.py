@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from cluster.config import SchedulerConfig
 from cluster.launch import launch
-from deployments import access_log
+from deployments import access_log, autoscaling
 from deployments.api import create_app
 from deployments.live import Live
 from deployments.metrics import Metrics
@@ -30,6 +30,7 @@ class Ingress:
     def __init__(self, resolved: Resolved) -> None:
         self._resolved = resolved
         self._engine: Engine | None = None
+        self._metrics: Metrics | None = None
         self._live = Live(resolved.settings, environment())
         access_log.keep(resolved.settings.access_log)
 
@@ -48,11 +49,17 @@ class Ingress:
         logger.info("configuration\n%s", self._resolved.table())
         self._limit_engine()
         replica = serve.get_replica_context().replica_id.unique_id
-        metrics = Metrics(self._resolved.model_names[0], replica)
+        metrics = self._metrics = Metrics(self._resolved.model_names[0], replica)
         self._engine = await launch(self._resolved.engine, get_current_placement_group(), metrics)
         return create_app(
             self._engine, self._resolved, self._live, replica=replica, metrics=metrics, beside=RayMetrics(metrics)
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the autoscaling policy."""
+        if self._engine is None or self._metrics is None:
+            return {}
+        return autoscaling.stats(self._engine, self._metrics)
 
     def check_health(self) -> None:
         """Raises when only a new replica helps. Reads a flag: a busy engine is not an ill one."""
