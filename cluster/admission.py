@@ -40,8 +40,7 @@ def choose_place(
     crowd = min(len(group.running) for group in groups) + CROWD
     best, merit = None, (False, 0, -1)
     for group, step in zip(groups, steps, strict=True):
-        # Whoever runs gets a token every step, so no more may run than the budget has tokens.
-        if not step.budget or len(group.running) >= max_step_tokens:
+        if not step.budget:
             continue
         pages = group.prefix(sequence)
         if not group.fits(sequence, pages, max_step_tokens):

@@ -41,12 +41,17 @@ class Rig:
         sampling = SamplingParams(max_tokens, seed=seed, **own)  # type: ignore[arg-type]
         self.scheduler.add(key, Request(key, tuple(prompt), sampling, **rest), self.now)  # type: ignore[arg-type]
 
-    def step(self) -> StepPlan | None:
-        """Hand out the next plan, then take in the result of the one before."""
+    def plan(self) -> StepPlan | None:
+        """Hand out the next plan."""
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check_integrity()
         if plan is not None:
             self.under_way.append(plan)
+        return plan
+
+    def step(self) -> StepPlan | None:
+        """Hand out the next plan, then take in the result of the one before."""
+        plan = self.plan()
         if self.under_way and (plan is None or len(self.under_way) == 2):
             self.take_in()
         return plan

@@ -291,6 +291,61 @@ def test_a_waiting_request_says_how_long_it_waited() -> None:
     assert waited[1][2] > 3.0
 
 
+def test_a_request_waits_once_however_often_it_is_preempted() -> None:
+    rig = Rig(num_pages=9, budget=2, prefix=False)
+    rig.add("important", [4] * 4, max_tokens=20, ignore_eos=True)
+    rig.step()
+    rig.step()
+    rig.add("unimportant", [3] * 24, max_tokens=2, ignore_eos=True, priority=1)
+    rig.now = 1.0
+    rig.step()
+    rig.now = 2.0
+    rig.run()
+    assert rig.scheduler.preemptions > 0
+    waited = [e.waited_s for e in rig.events if isinstance(e, TokenEvent) and e.request_id == "unimportant"]
+    assert waited == [1.0, None]
+
+
+def test_a_sample_under_way_when_the_ranks_start_over_is_not_waited_for() -> None:
+    rig = Rig(num_pages=6, prefix=False)
+    for key in ("old", "young"):
+        rig.add(key, [5] * 8, max_tokens=14, ignore_eos=True)
+    while rig.scheduler.preemptions == 0:
+        if len(rig.under_way) == 2:
+            rig.take_in()
+        rig.plan()
+    rig.lose({0})
+    rig.run()
+    assert rig.of("old") == rig.of("young")
+    assert len(rig.of("old")) == 14
+
+
+def test_an_older_prompt_takes_no_pages_from_whoever_is_in_the_step_already() -> None:
+    rig = Rig(num_pages=9, budget=4, prefix=False)
+    rig.add("decodes", [4], max_tokens=20, ignore_eos=True, priority=1)
+    rig.step()
+    rig.add("important", [3] * 28, max_tokens=2, ignore_eos=True)
+    rig.run()
+    assert len(rig.of("decodes")) == 20
+    assert rig.of("important") == alone([3] * 28, 2)
+
+
+def test_a_text_that_loses_its_pages_in_its_last_step_begins_again() -> None:
+    preempted = 0
+    for delay in range(12):
+        rig = Rig(num_pages=7, prefix=False)
+        rig.add("r", [4] * 8, max_tokens=20, ignore_eos=True)
+        for _ in range(delay):
+            rig.step()
+        text = tuple(range(3, 18))
+        rig.scheduler.add("e", EncodeRequest("e", text, "all", priority=1), 0.0)
+        rig.run()
+        (event,) = [e for e in rig.events if isinstance(e, EncodeEvent)]
+        assert event.rows == tuple((float(token),) for token in text), delay
+        preempted += rig.scheduler.preemptions
+    assert preempted > 0
+
+
 def test_routing_comes_with_its_token_to_whoever_asked() -> None:
     rig = Rig()
     rig.add("asked", [5, 6], max_tokens=4, ignore_eos=True, return_routing=True)

@@ -31,6 +31,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.groups = groups
         self.window = window
         self.wanted: dict[tuple[str, int], list[int]] = {}
+        self.judged: dict[str, list[int]] = {}
         self.encoded: dict[str, list[int]] = {}
         self.gone: set[tuple[str, int]] = set()
         self.clock = 0.0
@@ -61,6 +62,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline_s=None if patience is None else self.clock + patience,
             prompt_logprobs=0 if judged else None,
         )  # fmt: skip
+        if judged:
+            self.judged[key] = prompt
         for choice in range(n):
             self.wanted[key, choice] = alone(prompt, max_tokens, self.count + choice, self.window)
 
@@ -113,6 +116,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             got = self.rig.answers.get(choice, [])
             assert got == tokens[: len(got)], choice
             assert choice in self.gone or got == tokens, choice
+        first: dict[str, TokenEvent] = {}
+        for event in self.rig.events:
+            if isinstance(event, TokenEvent) and event.choice == 0:
+                first.setdefault(event.request_id, event)
+        for key, event in first.items():
+            judged = None if event.prompt_logprobs is None else [p and p.token_id for p in event.prompt_logprobs]
+            assert judged == ([None, *self.judged[key][1:]] if key in self.judged else None), key
         rows = {e.request_id: e.rows for e in self.rig.events if isinstance(e, EncodeEvent)}
         assert rows == {key: tuple((float(t),) for t in text) for key, text in self.encoded.items()}
 
