@@ -47,10 +47,10 @@ class Ingress:
         from ray.util.placement_group import get_current_placement_group
 
         logger.info("configuration\n%s", self._resolved.table())
-        self._limit_engine()
         replica = serve.get_replica_context().replica_id.unique_id
         metrics = self._metrics = Metrics(self._resolved.model_names[0], replica)
         self._engine = await launch(self._resolved.engine, get_current_placement_group(), metrics)
+        self._limit_engine()
         return create_app(
             self._engine, self._resolved, self._live, replica=replica, metrics=metrics, beside=RayMetrics(metrics)
         )
