@@ -43,10 +43,12 @@ class DataGroup:
         self._window = window  # tokens that attention looks back, itself included; None: all
         self.running: list[Sequence] = []  # by order
 
-    def advance(self, step: GroupStep) -> list[Sequence]:
-        """Put the next tokens of everybody who runs into the step; whoever lost its pages over that."""
+    def advance(self, step: GroupStep, only: str | None = None) -> list[Sequence]:
+        """Put the next tokens of everybody, or of one request, into the step; whoever lost its pages over that."""
         decodes, prompts = [], []
         for sequence in self.running:
+            if only is not None and sequence.key != only:
+                continue
             missing = sequence.num_missing
             if missing == 1:
                 decodes.append(sequence)

@@ -90,6 +90,7 @@ class Engine:
         self._loop = EngineLoop(
             self._scheduler, group, config.parallel, self._load, self._publish, self.stats, observer or Silence()
         )
+        self._loop.start()
 
     @property
     def task(self) -> Task:

@@ -2,10 +2,10 @@
 
     inbox ──▶ Scheduler.schedule ──▶ WorkerGroup.step ──▶ Scheduler.postprocess ──▶ publish(events)
                      ▲                      │ StepFailed, or a death between steps
-                     └── start_over ◀── WorkerGroup.recover
+                     └─────────────── recovery.py
 
 Everything a sequence needs to go on is here: prompt, generated ids, seed. The ranks hold weights and what can be
-computed again. So a failed step is simply not taken in: its tokens were told to nobody, and the same are sampled again.
+computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
@@ -24,13 +25,14 @@ from cluster.exchange_rule import choose_exchange
 from cluster.expert_load import ExpertLoad
 from cluster.messages import EncodeRequest, EngineStats, Request, StepPlan, TokenEvent
 from cluster.observer import FailureCause, Observer, StepRecord
+from cluster.recovery import Recovery
 from cluster.scheduler import Event, Scheduler
+from cluster.step_clock import StepForecast
 from cluster.worker_group import PendingStep, WorkerGroup
 
 log = logging.getLogger(__name__)
 
 STEPS_AHEAD = 1
-MAX_FRUITLESS = 3  # recoveries without a completed step between them
 CHECK_EVERY_S = 60.0  # when idle
 ASK_LOAD_EVERY_S = 1.0  # while there is work
 
@@ -95,17 +97,28 @@ class EngineLoop:
         self._stats = stats
         self._observer = observer
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._fruitless = 0
+        self._under_way: deque[_UnderWay] = deque()
+        self._forecast = StepForecast()
+        self._finished = 0.0  # when the last step was
         self._checked = monotonic()
         self.failure: str | None = None  # why it will never answer again
-        self.recovering = False
-        self.recoveries = 0
+        self._recovery = Recovery(scheduler, group, observer)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def recovering(self) -> bool:
+        return self._recovery.active
+
+    @property
+    def recoveries(self) -> int:
+        return self._recovery.count
 
     def put(self, command: Command) -> None:
         self._inbox.put(command)
@@ -115,8 +128,10 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while not self._work():
-                self._recover()
+            while (failure := self._work()) is not None:
+                self._send(self._recovery.blame(failure, self._scheduler.keys_under_way()))
+                self._under_way.clear()
+                self._recovery.run()
             reason = "the server is shutting down"
         except Exception as error:  # a process boundary of its own: whoever waits gets an answer
             log.exception("the engine cannot go on")
@@ -127,25 +142,30 @@ class EngineLoop:
                 self._scheduler.add(command.key, command.request, command.arrived_s)
                 self._send(self._scheduler.fail_all(self.failure))
 
-    def _work(self) -> bool:
-        """The loop. True: it was told to end. False: the ranks have to be formed anew."""
-        under_way: deque[_UnderWay] = deque()
+    def _work(self) -> StepFailed | None:
+        """The loop. None: it was told to end. Else: why the ranks have to be formed anew."""
         try:
-            while self._take_commands(wait=self._idle(under_way)):
+            while self._take_commands(wait=self._idle()):
                 self._send(self._scheduler.expire(monotonic()))
                 began = monotonic()
-                plan = self._scheduler.schedule(began)
+                plan = self._schedule(began)
                 if plan is not None:
                     plan = self._complete(plan, began)
                     planned = monotonic()
-                    under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
-                if len(under_way) > STEPS_AHEAD or (plan is None and under_way):
-                    self._finish(under_way.popleft())
+                    self._under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
+                if len(self._under_way) > STEPS_AHEAD or (plan is None and self._under_way):
+                    self._finish(self._forecast.deadline_s(self._under_way[0].plan.num_tokens))
         except StepFailed as failure:
-            log.error("%s; the ranks are formed anew", failure)
-            self._observer.rank_failed(failure.cause)
-            return False
-        return True
+            return failure
+        return None
+
+    def _schedule(self, now: float) -> StepPlan | None:
+        """The next step; for a single request, if that one is to be tried alone and finds room."""
+        alone = self._recovery.alone()
+        if alone is None:
+            return self._scheduler.schedule(now)
+        plan = self._scheduler.schedule(now, only=alone)
+        return plan if plan is not None or self._under_way else self._scheduler.schedule(now)
 
     def _complete(self, plan: StepPlan, now: float) -> StepPlan:
         """What of a plan is not the scheduler's to say."""
@@ -155,14 +175,21 @@ class EngineLoop:
         exchange = choose_exchange(self._parallel, plan.num_tokens)
         return replace(plan, exchange=exchange, placement=self._load.placement.number, report_load=asks)
 
-    def _finish(self, step: _UnderWay) -> None:
-        """Wait for a step, take in what it gave, tell everybody."""
-        result = step.pending.result()
+    def _finish(self, timeout_s: float) -> None:
+        """Wait for the first step under way, take in what it gave, tell everybody."""
+        step = self._under_way[0]
+        try:
+            result = step.pending.result(timeout_s)
+        except TimeoutError:
+            raise StepFailed(f"step {step.plan.step} took longer than {timeout_s:.0f} s", "deadline") from None
         done = monotonic()
+        self._under_way.popleft()
+        self._forecast.note(step.plan.num_tokens, done - max(step.handed_out, self._finished))
+        self._finished = done
         events = self._scheduler.postprocess(step.plan, result)
         if result.slot_rows:
             self._load.add(result.slot_rows, done)
-        self._fruitless = 0
+        self._recovery.completed(events)
         taken = monotonic()
         self._send(events)
         published = monotonic()
@@ -184,32 +211,15 @@ class EngineLoop:
             )
         )
 
-    def _recover(self) -> None:
-        """Bring the ranks back; every sequence goes on from the tokens it has. Callers see a pause."""
-        self.recovering = True
-        began = monotonic()
-        self._scheduler.start_over()
-        while True:
-            self.recoveries += 1
-            self._fruitless += 1
-            try:
-                self._group.recover()
-                break
-            except StepFailed as failure:  # another rank died meanwhile
-                log.error("%s, during recovery %d", failure, self.recoveries)
-                if self._fruitless >= MAX_FRUITLESS:
-                    raise
-        if self._fruitless > MAX_FRUITLESS:
-            raise StepFailed(f"{MAX_FRUITLESS} recoveries in a row have not led to a completed step")
-        pause = monotonic() - began
-        self._scheduler.move_deadlines(pause)
-        log.info("recovery %d took %.2f s", self.recoveries, pause)
-        self._observer.recovered(pause)
-        self.recovering = False
+    def _salvage(self) -> None:
+        """Take in the steps that all ranks had finished: nobody is to be suspected for those."""
+        with suppress(StepFailed):
+            while self._under_way:
+                self._finish(0)
 
-    def _idle(self, under_way: Collection[object]) -> bool:
+    def _idle(self) -> bool:
         """Is there nothing to do but wait? Then, now and then, is the time to see that no page was lost."""
-        if under_way or self._scheduler.has_work:
+        if self._under_way or self._scheduler.has_work:
             return False
         if monotonic() - self._checked > CHECK_EVERY_S:
             self._checked = monotonic()
@@ -227,6 +237,7 @@ class EngineLoop:
                         self._send([TokenEvent(key, (), finish_reason="abort")])
                 case Died(reason, epoch, cause):
                     if epoch == self._group.epoch:  # else that death has been dealt with
+                        self._salvage()
                         raise StepFailed(reason, cause)
                 case Limit(limits):
                     self._scheduler.limit(limits)

@@ -38,9 +38,10 @@ class InProcessGroup:
         self._status = replace(self._status, state="ready")
         return self._num_pages
 
-    def recover(self) -> None:
+    def recover(self) -> frozenset[int]:
         self.epoch += 1
         self._thread.submit(self._worker.join, alone(), self._num_pages).result()
+        return frozenset()  # it is the same process with the same pages
 
     def step(self, plan: StepPlan) -> PendingStep:
         return self._thread.submit(self._step, plan)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
@@ -86,6 +86,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._requests or self._under_way)
 
+    @property
+    def keys(self) -> Set[str]:
+        """Of the requests that are not done."""
+        return self._requests.keys()
+
+    def keys_under_way(self) -> set[str]:
+        """Of the requests in the first step that was not taken in."""
+        return {sequence.key for sequence, _ in self._under_way[0]} if self._under_way else set()
+
     def limit(self, config: SchedulerConfig) -> None:
         """From now on these limits; whoever runs goes on."""
         self._config = config
@@ -147,15 +156,15 @@ class Scheduler:
                 events += self.fail(key, DEADLINE)
         return events
 
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if nothing can run."""
+    def schedule(self, now: float, only: str | None = None) -> StepPlan | None:
+        """The next step, or None if nothing can run. `only`: for this request and nobody else."""
         steps = [GroupStep(self._config.max_step_tokens) for _ in self._groups]
         for group, step in zip(self._groups, steps, strict=True):
-            for sequence in group.advance(step):
+            for sequence in group.advance(step, only):
                 self._wait_again(sequence)
             for sequence, chunk in step.chunks.items():
                 self._waiting.charge(sequence, len(chunk.token_ids))
-        self._admit(steps, now)
+        self._admit(steps, now, only)
         chunks = tuple(chunk for step in steps for chunk in step.chunks.values())
         if not chunks:
             return None
@@ -220,9 +229,10 @@ class Scheduler:
             number, key, choice, ids, len(ids), sampling, pooling, request.priority, request.user, salt, now, leader
         )
 
-    def _admit(self, steps: Many[GroupStep], now: float) -> None:
+    def _admit(self, steps: Many[GroupStep], now: float, only: str | None) -> None:
         while self.num_running < self._config.max_running:
-            sequence = self._waiting.peek()
+            own = (s for s in self._waiting if s.key == only)
+            sequence = self._waiting.peek() if only is None else next(own, None)
             if sequence is None or sequence.in_flight:
                 return  # preempted a moment ago: its last token is still to come
             place = choose_place(sequence, self._groups, steps, self._config.max_step_tokens)

@@ -52,10 +52,11 @@ class WorkerGroup(Protocol):
     def epoch(self) -> int:
         """How often the ranks were formed anew."""
 
-    def recover(self) -> None:
+    def recover(self) -> frozenset[int]:
         """After a failed step or a death: replace the ranks that are gone and form the group anew.
 
-        Weights stay where they are; pages and sequences are forgotten, steps count from 0 again. Blocks.
+        Weights stay where they are; sequences are forgotten, steps count from 0 again. Gives the data groups whose
+        pages are gone too, because a rank of theirs was replaced. Blocks.
         """
 
     def prepare(self, grammar: Grammar) -> None:
@@ -113,14 +114,16 @@ class RayGroup:
             raise
         return self._num_pages
 
-    def recover(self) -> None:
+    def recover(self) -> frozenset[int]:
         self.epoch += 1
         lost = self._find_lost()
         self._give_up(lost | self._abort(self._ranks.keys() - lost))
         self._fill()
+        empty = {number for number, rank in self._ranks.items() if rank.epoch < 0}
         self._form()
         if self._stopping.is_set():  # meanwhile, and what was just started must not stay
             self.stop()
+        return frozenset(number // self._config.parallel.tensor for number in empty)
 
     def step(self, plan: StepPlan) -> PendingStep:
         ranks = list(self._ranks.values())

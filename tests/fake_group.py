@@ -54,6 +54,8 @@ class FakeGroup:
         self.fail_sequence: str | None = None  # why the first sequence of each plan fails
         self.tickets: threading.Semaphore | None = None  # each step takes one, and waits for it
         self.fail_at: set[int] = set()  # steps, counted over all epochs, that fail once
+        self.hang_at: set[int] = set()  # likewise steps that are not done in time
+        self.poison: int | None = None  # a token that no step survives
         self.steps = 0
         self.epoch = 0
         self.prepare_error: Exception | None = None
@@ -74,6 +76,10 @@ class FakeGroup:
         self.steps += 1
         if self.steps in self.fail_at:
             raise StepFailed("rank 1 died during a step")
+        if self.steps in self.hang_at:
+            raise TimeoutError
+        if any(self.poison in chunk.token_ids for chunk in plan.chunks):
+            raise StepFailed("rank 0 died during a step", "died")
         assert plan.step == len(self.plans)
         self.plans.append(plan)
         for number in plan.releases:
@@ -86,11 +92,12 @@ class FakeGroup:
             self._store(chunk)
         return self._result(plan)
 
-    def recover(self, kept: Collection[int] = ()) -> None:
+    def recover(self, kept: Collection[int] = ()) -> frozenset[int]:
         """Everything is forgotten, but for the pages of the groups that are kept."""
         self.epoch += 1
         self.plans, self._states = [], {}
         self._slots = {place: held for place, held in self._slots.items() if place[0] in kept}
+        return frozenset(self._groups) - frozenset(kept)
 
     def prepare(self, grammar: Grammar) -> None:
         if self.prepare_error is not None:
@@ -185,5 +192,5 @@ class FakeStep:
         self._group = group
         self._plan = plan
 
-    def result(self) -> StepResult:
+    def result(self, timeout: float | None = None) -> StepResult:
         return self._group.compute(self._plan)

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from cluster.engine import Engine
-from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
+from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
 from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
 from cluster.placement import even_placement
 from model.config import MixtralConfig
@@ -226,8 +226,9 @@ async def test_a_failed_step_answers_everyone_and_makes_the_engine_unhealthy() -
 async def test_deaths_at_any_step_lose_and_repeat_no_token(seed: int) -> None:
     chance = random.Random(seed)
     group = FakeGroup(24, 4)
-    group.fail_at = {step for step in range(2, 400, 3) if chance.random() < 0.5}  # never three in a row
-    async with running_engine(group, SchedulerConfig(max_running=5, max_step_tokens=9, max_waiting=20)) as engine:
+    # Rare enough that nobody is in three of them without a token between, which would make it the culprit.
+    group.fail_at = {step for step in range(2, 400, 13) if chance.random() < 0.8}
+    async with running_engine(group, SchedulerConfig(max_running=5, max_step_tokens=16, max_waiting=20)) as engine:
         wanted = [
             request(f"r{n}", tuple(range(3, 4 + n)), seed=n, n=1 + n % 2, max_tokens=20, logprobs=0, prompt_logprobs=0)
             for n in range(10)
@@ -273,16 +274,6 @@ async def test_while_ranks_are_replaced_new_requests_are_told_to_come_back() -> 
         held.set()
         await until(lambda: engine.ready)
         assert await collect(engine, request())
-
-
-async def test_recoveries_that_lead_nowhere_end() -> None:
-    group = FakeGroup(64, 4)
-    group.fail_with = StepFailed("rank 1 died during a step")
-    async with running_engine(group) as engine:
-        events = await collect(engine, request())
-        assert events[-1].finish_reason == "error"
-        assert "recoveries in a row" in str(events[-1].error)
-        assert not engine.healthy
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import queue
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 
+import pytest
+
 from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.engine_loop import Add, Died, EngineLoop
 from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
-from cluster.messages import EngineStats, Request, SamplingParams, TokenEvent
+from cluster.messages import EngineStats, Request, SamplingParams, StepPlan, TokenEvent
 from cluster.observer import FailureCause, Silence, StepRecord
 from cluster.placement import even_placement
 from cluster.scheduler import Event, Scheduler
-from tests.fake_group import FakeGroup, next_token
+from cluster.suspects import CULPRIT
+from tests.fake_group import FakeGroup, FakeStep, next_token
 
 WAIT_S = 10
+POISON = 99  # no token that is ever sampled
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Desk:
             lambda: EngineStats(self.scheduler.num_running, 0, 64, self.pool.num_held, self.scheduler.steps, 0, 0, 0),
             self.notes,
         )
+        self.loop.start()
 
     def ask(self, key: str, prompt: tuple[int, ...] = (5, 6), max_tokens: int = 6) -> None:
         self.loop.put(Add(key, Request(key, prompt, SamplingParams(max_tokens, seed=0, ignore_eos=True))))
@@ -93,6 +99,76 @@ def alone(prompt: tuple[int, ...], count: int) -> list[int]:
     for index in range(count):
         tokens.append(next_token(tokens, 0, index))
     return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_request_that_kills_its_ranks_fails_alone(seed: int) -> None:
+    """Beside others, some already running, some not yet; its poison sits anywhere in its prompt."""
+    chance = random.Random(seed)
+    group = FakeGroup(64, 4)
+    group.poison = POISON
+    with desk(group) as asked:
+        prompts = {f"good{n}": tuple(chance.choices(range(3, 50), k=chance.randint(1, 12))) for n in range(7)}
+        bad = [*chance.choices(range(3, 50), k=40)]
+        bad[chance.randrange(40)] = POISON
+        for number, (key, prompt) in enumerate(prompts.items()):
+            if number == 4:
+                asked.ask("bad", tuple(bad))
+            asked.ask(key, prompt, max_tokens=12)
+        tokens, end = asked.answer("bad")
+        assert (tokens, end.finish_reason, end.error) == ([], "error", CULPRIT)
+        for key, prompt in prompts.items():
+            assert asked.answer(key)[0] == alone(prompt, 12), f"seed {seed}"
+        assert asked.loop.failure is None
+        assert asked.notes.failures == ["died"] * 3, "three crashes, not one more"
+
+
+def test_a_request_alone_on_the_server_is_given_three_tries_too() -> None:
+    group = FakeGroup(64, 4)
+    group.poison = POISON
+    with desk(group) as asked:
+        asked.ask("bad", (5, POISON))
+        assert asked.answer("bad")[1].error == CULPRIT
+        asked.ask("good")
+        assert asked.answer("good")[0] == alone((5, 6), 6)
+        assert asked.notes.failures == ["died"] * 3
+
+
+def test_two_that_crash_one_after_the_other_without_a_step_between_are_the_ranks_fault() -> None:
+    group = FakeGroup(64, 4)
+    group.fail_at = set(range(1, 100))
+    with desk(group) as asked:
+        asked.ask("first")
+        assert asked.answer("first")[1].error == CULPRIT
+        asked.ask("second", (7, 8))
+        assert "recoveries in a row" in str(asked.answer("second")[1].error)
+        assert asked.loop.failure is not None
+
+
+def test_a_step_that_is_not_done_in_time_is_a_failure_of_its_own_kind() -> None:
+    group = FakeGroup(64, 4)
+    group.hang_at = {2}
+    with desk(group) as asked:
+        asked.ask("a")
+        assert asked.answer("a")[0] == alone((5, 6), 6)
+        assert asked.notes.failures == ["deadline"]
+
+
+def test_what_all_ranks_had_finished_before_a_death_is_kept() -> None:
+    group = FakeGroup(64, 4)
+    with desk(group) as asked:
+        step = group.step
+
+        def step_and_die(plan: StepPlan) -> FakeStep:
+            if group.epoch == 0 and plan.step == 1:
+                asked.loop.put(Died("rank 0 died", 0))  # read when the first step has been taken in
+            return step(plan)
+
+        group.step = step_and_die  # type: ignore[method-assign]
+        asked.ask("a", max_tokens=3)
+        assert asked.answer("a")[0] == alone((5, 6), 3)
+        assert asked.notes.failures == ["died"]
+        assert group.computed == 2 + 1 + 4, "the second step was taken in too: all but the last token computed again"
 
 
 def eventually(holds: object) -> None:
