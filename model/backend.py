@@ -1,6 +1,7 @@
 """What a block asks of the device it runs on. One object per model, chosen once, so that no call asks again.
 
     cpu     model/cpu_backend.py       packed linears, attention per run of pages, a loop over experts
+    cuda    model/triton_backend.py    the kernels of model/kernels, flash attention for prompts, grouped products
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.  K: experts per token.
 H, G: this rank's query and key-value heads.  C: head_dim.
@@ -56,6 +57,10 @@ class Backend(Protocol):
 
 
 def backend_for(config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> Backend:
-    from model.cpu_backend import CpuBackend
+    if device.type == "cpu":
+        from model.cpu_backend import CpuBackend
 
-    return CpuBackend(config, device, dtype)
+        return CpuBackend(config, dtype)
+    from model.triton_backend import TritonBackend
+
+    return TritonBackend(config, device, dtype)

@@ -23,10 +23,10 @@ from model.weights import ExpertWeights
 
 
 class CpuBackend:
-    def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: MixtralConfig, dtype: torch.dtype) -> None:
         self._config = config
         self._dtype = dtype
-        self._device = device
+        self._device = torch.device("cpu")
         self._rotary = Rotary(config, self._device)
 
     def exchange(self, exchange: Exchange) -> Exchange:

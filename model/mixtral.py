@@ -63,6 +63,7 @@ class Mixtral:
         self._stages.start("head")
         x_TD = self._embed(batch.token_ids_T)
         self._stages.start("attention")
+        alone = isinstance(exchange, OneRank)
         exchange = self._backend.exchange(exchange)
         step = Step(self._backend.attention(batch, kv), exchange, routings)
         x_SD = exchange.share(x_TD)
@@ -70,7 +71,7 @@ class Mixtral:
         *earlier, last = self._blocks
         for block in earlier:
             x_SD, normed_TD = block(x_SD, normed_TD, step)
-        if isinstance(exchange, OneRank):
+        if alone:
             # No later token attends to what the last block gives: it need not go on with rows nobody asked for.
             return last(x_SD, normed_TD, step, batch.logits_rows)[1]
         return last(x_SD, normed_TD, step)[1].index_select(0, batch.logits_rows)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from model.batch import Batch, SequenceSpan, page_runs
+from model.batch import Batch
 from model.checkpoint import load_weights
 from model.config import load_config
 from model.exchange import OneRank
@@ -23,10 +23,10 @@ from model.mixtral import Mixtral
 from model.moe import Routing, load_balancing_loss
 from model.shard import Shard
 from model.stages import Stages
+from tests.paged_texts import PAGE, PagedTexts
 from tests.tiny import CONFIG, write_checkpoint
 
 CPU = torch.device("cpu")
-PAGE = 4
 
 
 @pytest.fixture(autouse=True)
@@ -36,36 +36,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Sequences:
-    """Page tables of some texts, and the batch that computes the next tokens of each."""
-
-    def __init__(self, texts: list[list[int]], num_pages: int, rng: random.Random) -> None:
-        self.texts = texts
-        self.done = [0] * len(texts)
-        self.pages: list[list[int]] = [[] for _ in texts]
-        free = list(range(num_pages))
-        if rng.random() < 0.5:
-            rng.shuffle(free)
-        self.free = free
-
-    def step(self, lengths: list[int]) -> Batch:
-        spans, ids, positions, slots = [], [], [], []
-        for seq, length in enumerate(lengths):
-            if not length:
-                continue
-            start = self.done[seq]
-            self.done[seq] += length
-            while len(self.pages[seq]) * PAGE < self.done[seq]:
-                self.pages[seq].append(self.free.pop(0))
-            spans.append(SequenceSpan(len(ids), length, self.done[seq], page_runs(self.pages[seq])))
-            for position in range(start, self.done[seq]):
-                ids.append(self.texts[seq][position])
-                positions.append(position)
-                slots.append(self.pages[seq][position // PAGE] * PAGE + position % PAGE)
-        tensors = [torch.tensor(x, dtype=torch.int64) for x in (ids, positions, slots)]
-        return Batch(*tensors, tuple(spans), logits_rows=torch.arange(len(ids)))
 
 
 def random_config(rng: random.Random) -> dict[str, Any]:
@@ -120,7 +90,7 @@ def test_transformers_agrees_however_texts_are_cut_into_steps(tmp_path: Path, se
     model = Mixtral(config, weights)
     kv = KVCache(config, Shard(), num_pages=40, page_size=PAGE, dtype=torch.float32, device=CPU)
     exchange = OneRank(config.num_local_experts)
-    sequences = Sequences(texts, 40, rng)
+    sequences = PagedTexts(texts, 40, rng)
     found: list[list[torch.Tensor]] = [[] for _ in texts]
     while any(done < len(text) for done, text in zip(sequences.done, texts, strict=True)):
         left = [len(text) - done for done, text in zip(sequences.done, texts, strict=True)]
@@ -150,7 +120,7 @@ def tiny_model(directory: Path, **overrides: Any) -> tuple[Mixtral, Callable[[],
 @pytest.mark.parametrize("wanted", [[], [4], [9, 2], [0, 0, 3]])
 def test_rows_whose_logits_are_not_wanted_change_nothing(tmp_path: Path, wanted: list[int]) -> None:
     model, new_memory = tiny_model(tmp_path)
-    batch = Sequences([[7, 8, 9, 10, 11], [3, 4, 5, 6, 7]], 16, random.Random(0)).step([5, 5])
+    batch = PagedTexts([[7, 8, 9, 10, 11], [3, 4, 5, 6, 7]], 16, random.Random(0)).step([5, 5])
     some = replace(batch, logits_rows=torch.tensor(wanted, dtype=torch.int64))
     memories = new_memory(), new_memory()
     whole, part = (model.forward(x, kv, OneRank(4)) for x, kv in zip((batch, some), memories, strict=True))
@@ -173,7 +143,7 @@ def test_a_model_without_a_head_gives_the_hidden_states_of_transformers(tmp_path
     assert (config.architecture, config.has_head, config.is_language_model) == ("MixtralModel", False, False)
     model = Mixtral(config, load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU))
     kv = KVCache(config, Shard(), num_pages=4, page_size=PAGE, dtype=torch.float32, device=CPU)
-    found = model.forward(Sequences([[5, 6, 7, 8]], 4, random.Random(0)).step([4]), kv, OneRank(4))
+    found = model.forward(PagedTexts([[5, 6, 7, 8]], 4, random.Random(0)).step([4]), kv, OneRank(4))
     with torch.inference_mode():
         expected = theirs(torch.tensor([[5, 6, 7, 8]])).last_hidden_state[0]
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
@@ -182,7 +152,7 @@ def test_a_model_without_a_head_gives_the_hidden_states_of_transformers(tmp_path
 def test_routing_is_told_to_who_asks_and_changes_nothing(tmp_path: Path) -> None:
     model, new_memory = tiny_model(tmp_path)
     text = [7, 8, 9, 10, 11]
-    batch = Sequences([text], 16, random.Random(0)).step([5])
+    batch = PagedTexts([text], 16, random.Random(0)).step([5])
     routings: list[Routing] = []
     hidden = model.forward(batch, new_memory(), OneRank(4), routings)
     assert torch.equal(hidden, model.forward(batch, new_memory(), OneRank(4)))
@@ -199,7 +169,7 @@ def test_routing_is_told_to_who_asks_and_changes_nothing(tmp_path: Path) -> None
 
 def test_the_last_block_routes_the_wanted_rows_alone(tmp_path: Path) -> None:
     model, new_memory = tiny_model(tmp_path)
-    batch = Sequences([[7, 8, 9, 10, 11]], 16, random.Random(0)).step([5])
+    batch = PagedTexts([[7, 8, 9, 10, 11]], 16, random.Random(0)).step([5])
     every: list[Routing] = []
     some: list[Routing] = []
     model.forward(batch, new_memory(), OneRank(4), every)
@@ -221,7 +191,7 @@ def test_time_is_booked_to_the_stages_of_a_step(tmp_path: Path) -> None:
     weights = load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU)
     kv = KVCache(config, Shard(), num_pages=4, page_size=PAGE, dtype=torch.float32, device=CPU)
     model = Mixtral(config, weights, stages=stages)
-    model.logits(model.forward(Sequences([[1, 2]], 4, random.Random(0)).step([2]), kv, OneRank(4)))
+    model.logits(model.forward(PagedTexts([[1, 2]], 4, random.Random(0)).step([2]), kv, OneRank(4)))
     assert set(stages.take()) == {"attention", "router", "experts", "exchange", "head"}
 
 
@@ -235,7 +205,7 @@ def test_bfloat16_stays_as_close_to_float32_as_transformers_does(tmp_path: Path,
     weights = load_weights(directory, config, Shard(), dtype=torch.bfloat16, device=CPU)
     kv = KVCache(config, Shard(), num_pages=8, page_size=PAGE, dtype=torch.bfloat16, device=CPU)
     model = Mixtral(config, weights)
-    ours = model.logits(model.forward(Sequences([text], 8, rng).step([24]), kv, OneRank(4)))
+    ours = model.logits(model.forward(PagedTexts([text], 8, rng).step([24]), kv, OneRank(4)))
     theirs = transformers.MixtralForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     with torch.inference_mode():
         other = theirs(torch.tensor([text])).logits[0].float()
@@ -256,7 +226,7 @@ def test_classifiers_are_those_of_transformers(tmp_path: Path, kind: str, settin
     config = load_config(tmp_path)
     model = Mixtral(config, load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU))
     kv = KVCache(config, Shard(), num_pages=4, page_size=PAGE, dtype=torch.float32, device=CPU)
-    batch = Sequences([[5, 6, 7, 8, 9, 10]], 4, random.Random(0)).step([6])
+    batch = PagedTexts([[5, 6, 7, 8, 9, 10]], 4, random.Random(0)).step([6])
     found = model.logits(model.forward(batch, kv, OneRank(4)))
     with torch.inference_mode():
         answer = theirs(torch.tensor([[5, 6, 7, 8, 9, 10]]))

@@ -1,0 +1,108 @@
+"""The whole model on the GPU's backend, run in Triton's interpreter, against the CPU's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import MixtralConfig
+from model.cpu_backend import CpuBackend
+from model.device_exchange import Listed
+from model.exchange import OneRank
+from model.expert_stack import together
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from model.moe import Routing
+from model.shard import Shard
+from tests.paged_texts import PAGE, PagedTexts
+from tests.random_model import RandomModel
+from tests.tiny import CONFIG
+
+pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
+
+from model.triton_backend import TritonBackend, grouped_products
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_config(rng: random.Random) -> MixtralConfig:
+    kv_heads = rng.randint(1, 3)
+    experts = rng.randint(3, 8)
+    raw: dict[str, Any] = {
+        "hidden_size": 8 * rng.randint(3, 9),
+        "head_dim": 2 * rng.randint(3, 14),
+        "intermediate_size": 4 * rng.randint(5, 20),
+        "num_attention_heads": kv_heads * rng.randint(1, 4),
+        "num_key_value_heads": kv_heads,
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.randint(1, min(3, experts)),
+        "sliding_window": rng.choice([None, None, 3, 8, 17]),
+    }
+    return MixtralConfig.from_dict(CONFIG | raw, "config.json")
+
+
+def memory(config: MixtralConfig, pages: int) -> KVCache:
+    return KVCache(config, Shard(), num_pages=pages, page_size=PAGE, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_computes_what_the_cpu_does_however_texts_are_cut_into_steps(seed: int) -> None:
+    rng = random.Random(seed)
+    config = random_config(rng)
+    weights = RandomModel(config, CPU, torch.float32, seed=seed).weights()
+    backends = CpuBackend(config, torch.float32), TritonBackend(config, CPU, torch.float32)
+    models = [(Mixtral(config, weights, backend=backend), memory(config, 40)) for backend in backends]
+    texts = [[rng.randrange(384) for _ in range(rng.randint(3, 30))] for _ in range(3)]
+    sequences = PagedTexts(texts, 40, rng)
+    while any(done < len(text) for done, text in zip(sequences.done, texts, strict=True)):
+        left = [len(text) - done for done, text in zip(sequences.done, texts, strict=True)]
+        batch = sequences.step([min(n, rng.choice([0, 1, 5, n])) for n in left])
+        routings: list[list[Routing]] = [[], []]
+        exchange = OneRank(config.num_local_experts)
+        expected, found = (
+            model.logits(model.forward(batch, kv, exchange, heard))
+            for (model, kv), heard in zip(models, routings, strict=True)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for cpu, device in zip(*routings, strict=True):
+            assert torch.equal(cpu.expert_SK, device.expert_SK)
+            torch.testing.assert_close(cpu.weight_SK, device.weight_SK, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_other_ranks_sent_are_computed_too() -> None:
+    config = random_config(random.Random(0))
+    weights = RandomModel(config, CPU, torch.float32).weights().blocks[0].experts
+    x_SD = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    expert_SK, weight_SK = torch.topk(torch.rand(7, config.num_local_experts), 2)[::-1]
+    exchange = OneRank(config.num_local_experts)
+    dispatched = exchange.dispatch(0, x_SD, expert_SK, weight_SK)
+    expected_ND = CpuBackend(config, torch.float32).experts(weights)(dispatched)
+    found_ND = TritonBackend(config, CPU, torch.float32).experts(weights)(dispatched)
+    torch.testing.assert_close(found_ND, expected_ND, rtol=1e-5, atol=1e-5)
+
+
+def test_torchs_grouped_product_gives_the_same_as_the_kernels() -> None:
+    config = random_config(random.Random(1))
+    experts = RandomModel(config, CPU, torch.float32).weights().blocks[0].experts
+    backend = TritonBackend(config, CPU, torch.float32)
+    x_SD = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    routing = backend.route(x_SD, torch.randn(config.num_local_experts, config.hidden_size))
+    listed = backend.exchange(OneRank(config.num_local_experts)).dispatch(0, x_SD, routing.expert_SK, routing.weight_SK)
+    assert isinstance(listed, Listed)
+    stacks = [together([getattr(expert, name).weight_OI for expert in experts]) for name in ("gate_up", "down")]
+    torch.testing.assert_close(
+        grouped_products(listed, *stacks), backend.experts(experts)(listed), rtol=1e-5, atol=1e-5
+    )
