@@ -14,8 +14,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from model.config import MixtralConfig
 from model.dialects import Matrix
 from model.errors import CheckpointError
 from model.layers import Linear, can_pack, make_linear
+from model.quantization import Mode, below_each_other, group_size, quantize
+from model.quantized_linear import make_quantized_linear
+from model.quantized_slices import loading_mode
 from model.shard import Shard
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 
@@ -33,6 +37,7 @@ from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 READERS = 4
 
 Progress = Callable[[int, int], None]
+Read = TypeVar("Read")
 
 
 def load_weights(
@@ -42,21 +47,24 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: Mode | None = None,
     check_finite: bool = False,
     progress: Progress | None = None,
 ) -> MixtralWeights:
     """`progress` hears of bytes read and bytes in total, in the checkpoint's precision, from this thread.
 
-    With `check_finite` a weight that is NaN or infinite is refused; it costs another pass over all of them.
+    With `quantization` the projections of attention and experts are quantised as they arrive; what was saved quantised
+    stays so without. With `check_finite` a weight that is NaN or infinite is refused; it costs another pass.
     """
     # Refuses an impossible layout before any file is opened.
+    mode = loading_mode(config, shard, quantization)
     queries, keys = (scaled(heads, config.head_dim) for heads in config.head_slices(shard))
     ffn = shard.ffn_rows(config.intermediate_size)
     vocabulary = split_rows(config.vocab_size, shard.tensor_size)
     first_token = sum(vocabulary[: shard.tensor_rank])
     tokens = range(first_token, first_token + vocabulary[shard.tensor_rank])
     with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(READERS) as pool:
-        loader = Loader(checkpoint, pool, dtype, device, check_finite=check_finite)
+        loader = Loader(checkpoint, pool, dtype, device, mode, check_finite=check_finite)
         experts = [shard.experts(layer, config.num_local_experts) for layer in range(config.num_hidden_layers)]
         blocks = [loader.block(layer, queries, keys, ffn, held) for layer, held in enumerate(experts)]
         embedding = loader.matrix(Piece(Matrix("embedding"), rows=tokens))
@@ -82,11 +90,13 @@ def load_experts(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: Mode | None = None,
 ) -> dict[tuple[int, int], ExpertWeights]:
     """Experts by layer and number, cut as the shard says: what a rank reads when experts move to it."""
+    mode = loading_mode(config, shard, quantization)
     ffn = shard.ffn_rows(config.intermediate_size)
     with Checkpoint(directory, config) as checkpoint, ThreadPoolExecutor(READERS) as pool:
-        loader = Loader(checkpoint, pool, dtype, device, check_finite=False)
+        loader = Loader(checkpoint, pool, dtype, device, mode, check_finite=False)
         experts = {key: loader.expert(*key, ffn) for key in wanted}
         loader.wait(None)
         return {key: expert() for key, expert in experts.items()}
@@ -108,6 +118,7 @@ class Loader:
         pool: ThreadPoolExecutor,
         dtype: torch.dtype,
         device: torch.device,
+        mode: Mode | None,  # what the projections of attention and experts become; None: they stay as saved
         *,
         check_finite: bool,
     ) -> None:
@@ -115,23 +126,35 @@ class Loader:
         self._pool = pool
         self._dtype = dtype
         self._device = device
+        self._mode = mode
         self._check_finite = check_finite
         self._buffers = Buffers()
         self._bytes: dict[Future[Any], int] = {}
 
     def vector(self, piece: Piece) -> Future[Tensor]:
-        future = self._pool.submit(lambda: self._read(piece).flatten())
-        self._bytes[future] = self._checkpoint.bytes_of(piece)
-        return future
+        return self._begin((piece,), lambda: self._read(piece).flatten())
 
     def matrix(self, piece: Piece) -> Future[Tensor]:
-        future = self._pool.submit(self._read, piece)
-        self._bytes[future] = self._checkpoint.bytes_of(piece)
-        return future
+        return self._begin((piece,), lambda: self._read(piece))
 
     def linear(self, *pieces: Piece) -> Future[Linear]:
         """One map from several matrices with the same input, one below the other."""
-        future = self._pool.submit(self._read_linear, pieces)
+        if all(self._checkpoint.is_quantized(piece.matrix) for piece in pieces):
+            return self._begin(pieces, lambda: self._read_quantized(pieces))
+        return self._begin(pieces, lambda: self._read_linear(pieces))
+
+    def projection(self, *pieces: Piece) -> Future[Linear]:
+        """The same for attention and experts, whose weights are quantised if any are."""
+        mode, columns = self._mode, pieces[0].columns
+        if mode is None:
+            return self.linear(*pieces)
+        if group_size(mode) is None:
+            # The scale of a row is made of all its columns, so that every layout gets the same.
+            pieces = tuple(replace(piece, columns=None) for piece in pieces)
+        return self._begin(pieces, lambda: self._quantize(pieces, mode, columns))
+
+    def _begin(self, pieces: tuple[Piece, ...], read: Callable[[], Read]) -> Future[Read]:
+        future = self._pool.submit(read)
         self._bytes[future] = sum(map(self._checkpoint.bytes_of, pieces))
         return future
 
@@ -140,12 +163,12 @@ class Loader:
     ) -> Callable[[], BlockWeights]:
         """What to call for the block once everything has been read. Queries, keys, ffn: rows of their projections."""
         attention_norm = self.vector(Piece(Matrix("attention_norm", layer)))
-        qkv = self.linear(
+        qkv = self.projection(
             Piece(Matrix("q", layer), rows=queries),
             Piece(Matrix("k", layer), rows=keys),
             Piece(Matrix("v", layer), rows=keys),
         )
-        output = self.linear(Piece(Matrix("o", layer), columns=queries))
+        output = self.projection(Piece(Matrix("o", layer), columns=queries))
         moe_norm = self.vector(Piece(Matrix("moe_norm", layer)))
         router = self.matrix(Piece(Matrix("router", layer)))
         slots = [self.expert(layer, expert, ffn) for expert in experts]
@@ -159,10 +182,10 @@ class Loader:
         )
 
     def expert(self, layer: int, expert: int, ffn: range) -> Callable[[], ExpertWeights]:
-        gate_up = self.linear(
+        gate_up = self.projection(
             Piece(Matrix("gate", layer, expert), rows=ffn), Piece(Matrix("up", layer, expert), rows=ffn)
         )
-        down = self.linear(Piece(Matrix("down", layer, expert), columns=ffn))
+        down = self.projection(Piece(Matrix("down", layer, expert), columns=ffn))
         return lambda: ExpertWeights(gate_up.result(), down.result())
 
     def wait(self, progress: Progress | None) -> None:
@@ -191,6 +214,25 @@ class Loader:
             self._read_into(part, piece)
         # Packing and other devices leave the buffer to the next matrix; a plain weight would lie in it.
         return make_linear(weight.to(self._device, copy=not can_pack(weight)))
+
+    def _read_quantized(self, pieces: tuple[Piece, ...]) -> Linear:
+        weight = below_each_other([self._checkpoint.read_quantized(piece) for piece in pieces])
+        if self._check_finite and not weight.is_finite():
+            name, info = self._checkpoint.info_of(pieces[0].matrix)
+            raise CheckpointError(f"{info.file}: {name}, or what belongs to it, holds NaN or infinity")
+        return make_quantized_linear(weight.to(self._device), self._dtype)
+
+    def _quantize(self, pieces: tuple[Piece, ...], mode: Mode, columns: range | None) -> Linear:
+        """From the checkpoint's own precision, whatever the model's; the columns are cut out afterwards."""
+        parts = []
+        for piece in pieces:
+            height, width = self._checkpoint.shape_of(piece)
+            _, info = self._checkpoint.info_of(piece.matrix)
+            plain = self._buffers.take(height, width, info.dtype)
+            self._read_into(plain, piece)
+            weight = quantize(plain.to(self._device), mode)
+            parts.append(weight if columns is None or columns == piece.columns else weight.columns(columns))
+        return make_quantized_linear(below_each_other(parts), self._dtype)
 
     def _read_into(self, out: Tensor, piece: Piece) -> None:
         self._checkpoint.read_into(out, piece)

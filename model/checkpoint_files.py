@@ -1,13 +1,14 @@
 """The open files of one checkpoint, and matrices out of them as the model wants them, whole or cut for a rank.
 
-How files spell tensors: dialects.py. How tensors lie in files: tensor_files.py. Who asks: checkpoint.py, to load a
-rank's weights, and convert.py.
+How files spell tensors: dialects.py, and quantized_files.py where they are quantised. How tensors lie in files:
+tensor_files.py. Who asks: checkpoint.py, to load a rank's weights, convert.py and quantize.py.
 
 O, I: features out and in.  C: head_dim.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from model.config import MixtralConfig
-from model.dialects import Matrix, Stored, check_tensors, find_dialect, locate
+from model.dialects import HUGGING_FACE, Matrix, Stored, check_tensors, find_dialect, locate
 from model.errors import CheckpointError
+from model.quantization import QuantizedWeight
+from model.quantized_files import QuantizedFormat, Slice
 from model.tensor_files import TensorFile, TensorInfo, open_file, shortened, weight_files
 
 
@@ -36,24 +39,27 @@ class Checkpoint:
         self._config = config
         self._files: list[TensorFile] = []
         self._holder: dict[str, TensorFile] = {}
+        self.infos: dict[str, TensorInfo] = {}
         try:
             for path in weight_files(directory):
                 self._add(open_file(path))
-            self.dialect = find_dialect(self.infos, str(directory))
+            # Quantised files are Hugging Face's; which of its tensors are missing is said below.
+            self.dialect = find_dialect(self.infos, str(directory)) if config.quantization is None else HUGGING_FACE
             check_tensors(self.dialect, config, self.infos, str(directory))
         except BaseException:
             self.close()
             raise
 
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        return {name: file.infos[name] for name, file in self._holder.items()}
-
     def read(self, piece: Piece) -> Tensor:
-        """A matrix in the model's own layout, in the file's precision; vectors as matrices of one row."""
+        """A matrix in the model's own layout, in the file's precision; vectors as matrices of one row.
+
+        A quantised one as what it stands for, in float32.
+        """
+        if self.is_quantized(piece.matrix):
+            return self.read_quantized(piece).dequantize(torch.float32)
         stored, rows, columns = self._where(piece)
         file = self._holder[stored.name]
-        matrix = torch.empty(len(rows), len(columns), dtype=file.infos[stored.name].dtype)
+        matrix = torch.empty(len(rows), len(columns), dtype=self.infos[stored.name].dtype)
         file.read(stored.name, shifted(rows, stored.first_row), columns, matrix)
         if stored.turned:
             matrix = matrix.T.contiguous()
@@ -64,24 +70,59 @@ class Checkpoint:
     def read_into(self, out: Tensor, piece: Piece) -> None:
         """The same, in the precision of `out`; straight from the file where it lies there as it is wanted."""
         stored, rows, columns = self._where(piece)
-        file = self._holder[stored.name]
-        if stored.turned or self._is_interleaved(piece) or file.infos[stored.name].dtype != out.dtype:
+        _, info = self.info_of(piece.matrix)
+        if stored.turned or self._is_interleaved(piece) or info.dtype != out.dtype:
             out.copy_(self.read(piece))
         else:
-            file.read(stored.name, shifted(rows, stored.first_row), columns, out)
+            self._holder[stored.name].read(stored.name, shifted(rows, stored.first_row), columns, out)
+
+    def is_quantized(self, matrix: Matrix) -> bool:
+        return self._format_of(matrix) is not None
+
+    def read_quantized(self, piece: Piece) -> QuantizedWeight:
+        """As it was saved. Columns are whole multiples of the format's alignment."""
+        saved, (stored, rows, columns) = self._format_of(piece.matrix), self._where(piece)
+        assert saved is not None
+        parts = []
+        for each in saved.slices(stored.name, stored.shape, rows, columns):
+            height, width = self._extent(each)
+            part = torch.empty(len(height), len(width), dtype=self.infos[each.name].dtype)
+            self._holder[each.name].read(each.name, height, width, part, each.width)
+            parts.append(part)
+        return saved.assemble(stored.name, stored.shape, rows, columns, parts)
 
     def shape_of(self, piece: Piece) -> tuple[int, int]:
         stored, rows, columns = self._where(piece)
         return (len(columns), len(rows)) if stored.turned else (len(rows), len(columns))
 
     def bytes_of(self, piece: Piece) -> int:
+        """What reading it asks of the files."""
+        if (saved := self._format_of(piece.matrix)) is not None:
+            stored, rows, columns = self._where(piece)
+            return sum(map(self._slice_bytes, saved.slices(stored.name, stored.shape, rows, columns)))
         height, width = self.shape_of(piece)
         return height * width * self.info_of(piece.matrix)[1].dtype.itemsize
 
     def info_of(self, matrix: Matrix) -> tuple[str, TensorInfo]:
-        """The name and the place of the tensor that a matrix is, or is part of."""
+        """The name and the place of the tensor that a matrix is, or is part of; of its codes if it is quantised."""
+        stored, saved = locate(self.dialect, self._config, matrix), self._format_of(matrix)
+        name = stored.name if saved is None else next(iter(saved.tensors(stored.name, stored.shape)))
+        return name, self.infos[name]
+
+    def _format_of(self, matrix: Matrix) -> QuantizedFormat | None:
+        saved = self._config.quantization
         name = locate(self.dialect, self._config, matrix).name
-        return name, self._holder[name].infos[name]
+        return saved if saved is not None and saved.holds(name, self.infos) else None
+
+    def _extent(self, piece: Slice) -> tuple[range, range]:
+        shape = self.infos[piece.name].shape
+        width = piece.width or shape[-1]
+        rows = range(math.prod(shape) // width) if piece.rows is None else piece.rows
+        return rows, range(width) if piece.columns is None else piece.columns
+
+    def _slice_bytes(self, piece: Slice) -> int:
+        rows, columns = self._extent(piece)
+        return len(rows) * len(columns) * self.infos[piece.name].dtype.itemsize
 
     def _is_interleaved(self, piece: Piece) -> bool:
         return self.dialect.interleaved and piece.matrix.part in ("q", "k")
@@ -98,6 +139,7 @@ class Checkpoint:
             if name in self._holder:
                 raise CheckpointError(f"{info.file}: {shortened(name)} is in another file too; keep one of them")
             self._holder[name] = file
+            self.infos[name] = info
 
     def close(self) -> None:
         for file in self._files:

@@ -7,12 +7,14 @@ Defaults are those of `transformers`, so that one file means one model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from model.errors import ConfigError
 from model.fields import Fields, read_json
+from model.quantized_config import read_quantization
+from model.quantized_files import QuantizedFormat
 from model.rope_parameters import RopeParameters, read_rope
 from model.shard import Shard
 
@@ -104,6 +106,7 @@ class MixtralConfig:
     architecture: Architecture = "MixtralForCausalLM"
     labels: tuple[str, ...] = ()  # what a classifier's outputs mean; empty for a language model
     token_classification_bias: bool = True
+    quantization: QuantizedFormat | None = None  # how its matrices were saved; None: plain
     without_effect: tuple[str, ...] = ()  # fields present that change nothing here
     unknown: tuple[str, ...] = ()  # fields present that nobody here knows: worth a warning
 
@@ -114,9 +117,8 @@ class MixtralConfig:
         fields = Fields(raw, source, {"num_local_experts": "num_experts"} if renamed else None)
         fields.only("model_type", "mixtral")
         fields.only("is_encoder_decoder", False)
-        fields.only("quantization_config", {})
         fields.only("per_layer_config", {})
-        return cls._read(fields)
+        return replace(cls._read(fields), quantization=read_quantization(fields))
 
     @classmethod
     def from_params(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:

@@ -11,18 +11,24 @@ D: model width.  E: experts.  F: ffn width.  C: head_dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+
 from model.config import Architecture, MixtralConfig
 from model.errors import CheckpointError
-from model.tensor_files import TensorInfo, shortened
+from model.quantized_files import Expected
+from model.tensor_files import DTYPE_NAMES, FLOATS, TensorInfo, shortened, spelled
 
 TopPart = Literal["embedding", "norm", "head", "head_bias"]
 BlockPart = Literal["attention_norm", "q", "k", "v", "o", "moe_norm", "router"]
 ExpertPart = Literal["gate", "up", "down"]
 Part = TopPart | BlockPart | ExpertPart
+
+MAX_SMALL = 4096  # numbers in a tensor that describes another
 
 BLOCK_PARTS: tuple[BlockPart, ...] = ("attention_norm", "q", "k", "v", "o", "moe_norm", "router")
 EXPERT_PARTS: tuple[ExpertPart, ...] = ("gate", "up", "down")
@@ -182,20 +188,36 @@ def locate(dialect: Dialect, config: MixtralConfig, matrix: Matrix) -> Stored:
 
 def check_tensors(dialect: Dialect, config: MixtralConfig, infos: Mapping[str, TensorInfo], source: str) -> None:
     """Every tensor of the model is there in its shape, and nothing else is."""
-    expected = set()
+    expected: dict[str, Expected] = {}
     for matrix in all_matrices(config):
-        stored = locate(dialect, config, matrix)
-        info = infos.get(stored.name)
-        if info is None:
-            raise CheckpointError(f"{source}: {stored.name} is missing from the {len(infos)} tensors that are there")
-        if info.shape != stored.tensor_shape:
-            raise CheckpointError(
-                f"{info.file}: {stored.name} has shape {info.shape}; its config promises {stored.tensor_shape}"
-            )
-        expected.add(stored.name)
-    if config.is_language_model and config.tie_word_embeddings:
-        expected.add(dialect.names["head"])  # saved or not, transformers takes the embedding, and so do we
+        stored, quantized = locate(dialect, config, matrix), config.quantization
+        if quantized is not None and quantized.holds(stored.name, infos):
+            expected |= quantized.tensors(stored.name, stored.shape)
+        else:
+            expected[stored.name] = Expected(stored.tensor_shape, FLOATS)
+    for name, (shape, dtypes) in expected.items():
+        check_tensor(name, shape, dtypes, infos, source)
+    tied = {dialect.names["head"]} if config.is_language_model and config.tie_word_embeddings else set()
     for name, info in infos.items():
-        # Old files carry rotary frequencies, which can be computed.
-        if name not in expected and not name.endswith(".rotary_emb.inv_freq"):
+        # A tied head, saved or not, is the embedding for transformers, and so it is for us. Old files carry rotary
+        # frequencies, which can be computed.
+        if name not in expected and name not in tied and not name.endswith(".rotary_emb.inv_freq"):
             raise CheckpointError(f"{info.file}: {shortened(name)} is no part of the Mixtral its config describes")
+
+
+def check_tensor(
+    name: str,
+    shape: tuple[int, ...] | None,
+    dtypes: tuple[torch.dtype, ...],
+    infos: Mapping[str, TensorInfo],
+    source: str,
+) -> None:
+    info = infos.get(name)
+    if info is None:
+        raise CheckpointError(f"{source}: {name} is missing from the {len(infos)} tensors that are there")
+    if shape is not None and info.shape != shape:
+        raise CheckpointError(f"{info.file}: {name} has shape {info.shape}; its config promises {shape}")
+    if shape is None and math.prod(info.shape) > MAX_SMALL:
+        raise CheckpointError(f"{info.file}: {name} has shape {info.shape}, more than {MAX_SMALL} numbers")
+    if info.dtype not in dtypes:
+        raise CheckpointError(f"{info.file}: {name} is {DTYPE_NAMES[info.dtype]}; served are {spelled(dtypes)}")

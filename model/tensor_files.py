@@ -28,9 +28,18 @@ from model.fields import read_json
 
 MAX_HEADER_BYTES = 16 << 20  # Mixtral 8x22B's headers together take 0.2 MB
 MAX_INDEX_BYTES = 64 << 20
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    # of quantised weights
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-KNOWN_DTYPES = ", ".join(DTYPES)
 
 # What torch.load raises on files that are cut short, damaged, or hold more than tensors.
 UNREADABLE = (
@@ -56,10 +65,11 @@ class TensorFile(Protocol):
     @property
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str, rows: range, columns: range, out: Tensor) -> None:
+    def read(self, name: str, rows: range, columns: range, out: Tensor, width: int | None = None) -> None:
         """Some of a tensor, seen as a matrix: all dimensions but the last are rows; one dimension is one row.
 
-        `out` is contiguous and has the shape of what is read, and the file's precision.
+        With `width` rows are so wide, whatever its dimensions. `out` is contiguous and has the shape of what is read,
+        and the file's precision.
         """
 
     def close(self) -> None: ...
@@ -82,9 +92,9 @@ class SafetensorsFile:
             os.close(self._descriptor)
             raise
 
-    def read(self, name: str, rows: range, columns: range, out: Tensor) -> None:
+    def read(self, name: str, rows: range, columns: range, out: Tensor, width: int | None = None) -> None:
         info = self.infos[name]
-        width = info.shape[-1]
+        width = width or info.shape[-1]
         size = info.dtype.itemsize
         start = self._data_start + self._offsets[name]
         assert (out.shape, out.dtype) == ((len(rows), len(columns)), info.dtype)
@@ -122,13 +132,13 @@ class TorchFile:
         if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
             raise CheckpointError(f"{path} must hold a dictionary of tensors")
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES.values():
-                raise CheckpointError(f"{path}: {shortened(name)} is {tensor.dtype}; served are {KNOWN_DTYPES}")
+            if tensor.dtype not in FLOATS:
+                raise CheckpointError(f"{path}: {shortened(name)} is {tensor.dtype}; served are {spelled(FLOATS)}")
         self._tensors: dict[str, Tensor] = tensors
         self.infos = {name: TensorInfo(path, tuple(x.shape), x.dtype) for name, x in tensors.items()}
 
-    def read(self, name: str, rows: range, columns: range, out: Tensor) -> None:
-        matrix = self._tensors[name].reshape(-1, self._tensors[name].shape[-1])
+    def read(self, name: str, rows: range, columns: range, out: Tensor, width: int | None = None) -> None:
+        matrix = self._tensors[name].reshape(-1, width or self._tensors[name].shape[-1])
         out.copy_(matrix[rows.start : rows.stop, columns.start : columns.stop])
 
     def close(self) -> None:
@@ -191,6 +201,10 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iter
             assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
             data: Any = tensor.contiguous().view(torch.uint8).numpy()
             file.write(data)
+
+
+def spelled(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
 
 
 def shortened(name: str) -> str:

@@ -81,7 +81,7 @@ def test_other_spellings() -> None:
         ({"architectures": ["MixtralForTokenClassification"], "id2label": {"0": "a" * 300}}, "id2label"),
         ({"architectures": ["MixtralForTokenClassification"], "num_labels": 5000}, "num_labels"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quant_method"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
