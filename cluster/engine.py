@@ -10,6 +10,7 @@ Text is made here (answer.py), so that the thread, on which the ranks wait, does
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -35,6 +36,7 @@ from cluster.messages import (
 )
 from cluster.observer import FailureCause, Observer, Silence
 from cluster.placement import Placement
+from cluster.request_check import check_request
 from cluster.scheduler import Event, Scheduler
 from cluster.worker_group import WorkerGroup
 from model.config import Architecture, MixtralConfig
@@ -114,12 +116,12 @@ class Engine:
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
         """The request's events, one per choice and step. Closing the iterator aborts the request."""
-        self._check(request.request_id, request.prompt_ids, request.sampling.max_tokens)
+        self._check(request)
         sampling = request.sampling
         if sampling.grammar is not None:
             sampling = replace(sampling, grammar=replace(sampling.grammar, opens_text=not request.continues_prompt))
             await self._prepare(sampling.grammar)
-            self._check(request.request_id, request.prompt_ids, sampling.max_tokens)
+            self._check(request)
         if sampling.seed is None:  # drawn here, so that a replay after preemption gives the same tokens
             sampling = replace(sampling, seed=secrets.randbits(62))
         request = replace(request, sampling=sampling)
@@ -140,7 +142,7 @@ class Engine:
 
     async def encode(self, request: EncodeRequest) -> list[list[float]]:
         """Pooled hidden states of a text, or class scores where the checkpoint has a head for them."""
-        self._check(request.request_id, request.token_ids, 0)
+        self._check(request)
         key, stream = self._submit(request)
         event = None
         try:
@@ -203,20 +205,17 @@ class Engine:
         await asyncio.to_thread(self._loop.join, STOP_TIMEOUT_S)
         await asyncio.to_thread(self._group.stop)
 
-    def _check(self, request_id: str, token_ids: Sequence[int], max_tokens: int) -> None:
+    def _check(self, request: Request | EncodeRequest) -> None:
+        """Can this request be taken in now?"""
         if self._loop.failure is not None:
             raise EngineNotReady(self._loop.failure, retry_after_s=10)
         if self._loop.recovering:
             raise EngineNotReady("a rank died and is being replaced", retry_after_s=2)
         if self._draining:
             raise EngineDraining("the server is shutting down", retry_after_s=10)
-        if not token_ids or len(token_ids) + max_tokens > self.max_model_len:
-            raise RequestInvalid(
-                f"the prompt has {len(token_ids)} tokens and {max_tokens} more were asked for; "
-                f"together they must be 1 to {self.max_model_len}"
-            )
-        if request_id in self._keys:
-            raise RequestInvalid(f"request_id {request_id!r} is already running")
+        check_request(request, self._model.vocab_size, self.max_model_len)
+        if request.request_id in self._keys:
+            raise RequestInvalid(f"request_id {request.request_id!r} is already running")
         if len(self._streams) >= self._limits.max_running + self._limits.max_waiting:
             raise QueueFull(f"{len(self._streams)} requests are running or waiting already", retry_after_s=1)
 
@@ -241,7 +240,7 @@ class Engine:
 
     def _publish(self, events: Sequence[Event]) -> None:
         """One crossing to the event loop per step, whatever the number of requests."""
-        if not self._event_loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody listens any more
             self._event_loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Sequence[Event]) -> None:

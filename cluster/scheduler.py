@@ -16,6 +16,7 @@ given back while a step still writes to it is safe: its next owner writes later.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Set
 from collections.abc import Sequence as Many
@@ -38,6 +39,8 @@ from cluster.sequence import Sequence
 from cluster.waiting import WaitingQueue
 
 Event = TokenEvent | EncodeEvent
+
+log = logging.getLogger(__name__)
 
 DEADLINE = "deadline"
 
@@ -187,16 +190,15 @@ class Scheduler:
                 sequence.in_flight -= 1
             if sequence.gone:
                 continue  # it ended, or was aborted, while this step ran
-            if result.failed and sequence.number in result.failed:
-                events.append(sequence.failure(result.failed[sequence.number]))
-                self._drop(sequence)
-                continue
-            if life == sequence.life:
-                self._accept(sequence, chunk, result)
-            elif sequence.wants_all_rows:
-                continue  # preempted meanwhile: its rows must come from one life, so all of them come again
-            if chunk.sample:
-                events.append(self._answer(sequence, sampled.get(sequence.number), result))
+            try:
+                event = self._take_in(sequence, life, chunk, result, sampled.get(sequence.number))
+            except Exception as error:  # whatever is wrong with one sequence, the others go on
+                log.exception("sequence %d of request %s fails", sequence.number, sequence.key)
+                event = sequence.failure(f"internal error: {error!r}")
+            if event is not None:
+                events.append(event)
+                if isinstance(event, EncodeEvent) or event.finish_reason is not None:
+                    self._drop(sequence)
         return events
 
     def check_integrity(self) -> None:
@@ -248,6 +250,26 @@ class Scheduler:
                 sequence.num_cached = min(sequence.num_accepted, sequence.num_prompt)
                 self.cached_tokens += sequence.num_cached
 
+    def _take_in(
+        self, sequence: Sequence, life: int, chunk: SequenceChunk, result: StepResult, token_id: int | None
+    ) -> Event | None:
+        """What a step says of one sequence that was in it; what to tell its caller."""
+        if sequence.number in result.failed:
+            return sequence.failure(result.failed[sequence.number])
+        if life == sequence.life:
+            self._accept(sequence, chunk, result)
+        elif sequence.wants_all_rows:
+            return None  # preempted meanwhile: its rows must come from one life, so all of them come again
+        if not chunk.sample:
+            return None
+        if sequence.sampling is None:
+            return EncodeEvent(sequence.key, tuple(sequence.pooled))
+        if token_id is None:
+            return sequence.failure("the ranks gave no token for it")
+        self.generated_tokens += 1
+        number = sequence.number
+        return sequence.take(token_id, result.logprobs.get(number), result.routing.get(number), self._eos_ids)
+
     def _accept(self, sequence: Sequence, chunk: SequenceChunk, result: StepResult) -> None:
         """The chunk's tokens are in pages, with whatever rows of theirs somebody wants."""
         accepted = chunk.start + len(chunk.token_ids)
@@ -259,21 +281,6 @@ class Scheduler:
         if sequence.wants_all_rows:
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.number, ())
             sequence.pooled += result.pooled.get(sequence.number, ())
-
-    def _answer(self, sequence: Sequence, token_id: int | None, result: StepResult) -> Event:
-        """What the step that ended the sequence's known tokens says to its caller."""
-        event: Event
-        if sequence.sampling is None:
-            event = EncodeEvent(sequence.key, tuple(sequence.pooled))
-        elif token_id is None:
-            event = sequence.failure("the ranks gave no token for it")
-        else:
-            self.generated_tokens += 1
-            number = sequence.number
-            event = sequence.take(token_id, result.logprobs.get(number), result.routing.get(number), self._eos_ids)
-        if isinstance(event, EncodeEvent) or event.finish_reason is not None:
-            self._drop(sequence)
-        return event
 
     def _wait_again(self, sequence: Sequence) -> None:
         """Its pages were taken: it waits, with the tokens it has."""

@@ -12,6 +12,7 @@ from time import monotonic
 
 import pytest
 
+from cluster.answer import Answers
 from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from cluster.engine import Engine
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
@@ -432,3 +433,32 @@ async def test_the_load_of_experts_is_asked_for_and_kept() -> None:
     assert status.load[0] == (0.5, 0.1, 0.0, 0.4)
     assert status.ranks == (((0,),) * 4,) * 2
     assert [plan.report_load for plan in group.plans][:2] == [True, False], "not at every step"
+
+
+async def test_text_that_cannot_be_made_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_engine() as engine:
+        show = Answers.show
+
+        def fails_for_one(answers: Answers, event: TokenEvent) -> TokenEvent | None:
+            if event.request_id.startswith("bad"):
+                raise ValueError("no such text")
+            return show(answers, event)
+
+        monkeypatch.setattr(Answers, "show", fails_for_one)
+        bad, good = await asyncio.gather(
+            collect(engine, request("bad", max_tokens=100)), collect(engine, request("good")), return_exceptions=True
+        )
+        assert isinstance(bad, ValueError)
+        assert not isinstance(good, BaseException)
+        assert [t for event in good for t in event.token_ids] == alone((5, 6), 8)
+        await settled(engine)
+        assert engine.healthy
+
+
+async def test_ids_that_the_model_does_not_have_never_reach_a_step() -> None:
+    async with running_engine() as engine:
+        with pytest.raises(RequestInvalid, match="token ids are 0 to 383"):
+            await collect(engine, request(prompt=(5, 384)))
+        with pytest.raises(RequestInvalid, match="token ids are 0 to 383"):
+            await engine.encode(EncodeRequest("e", (-1,), "last"))
+        assert engine.stats().steps == 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cluster.config import SchedulerConfig
 from cluster.messages import EncodeEvent, EncodeRequest, Pooling, TokenEvent
+from cluster.sequence import Sequence
 from tests.fake_group import next_token
 from tests.unit.scheduler_rig import EOS, Rig, alone
 
@@ -373,6 +375,24 @@ def test_a_sequence_that_the_ranks_forgot_fails_alone() -> None:
             assert (event.request_id, event.error) == ("bad", "the ranks gave no token for it")
     rig.run()
     assert rig.of("good") == alone([5, 6])
+
+
+def test_whatever_is_wrong_with_one_sequence_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Sequence.take
+
+    def fails_for_one(sequence: Sequence, *rest: Any) -> TokenEvent:
+        if sequence.key == "bad":
+            raise KeyError("what nobody thought of")
+        return take(sequence, *rest)
+
+    monkeypatch.setattr(Sequence, "take", fails_for_one)
+    rig = Rig()
+    rig.add("bad", [3, 4], n=2)
+    rig.add("good", [5, 6])
+    rig.run()
+    assert rig.of("good") == alone([5, 6])
+    errors = [(e.choice, e.error) for e in rig.events if isinstance(e, TokenEvent) and e.request_id == "bad"]
+    assert errors == [(choice, "internal error: KeyError('what nobody thought of')") for choice in (0, 1)]
 
 
 def test_a_pause_moves_the_deadlines_of_those_who_wait() -> None:
