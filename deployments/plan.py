@@ -17,6 +17,7 @@ from cluster.step_floor import Hardware
 from deployments.settings import Scheduler, SettingsError
 from model.config import MixtralConfig, load_config
 from model.errors import ModelError
+from model.quantization import stored_bytes
 
 GIB = 1 << 30
 NVLINK_3, NVLINK_4, NVLINK_5, PCIE_4 = 300e9, 450e9, 900e9, 32e9  # bytes a second, one direction
@@ -177,8 +178,12 @@ def _model(text: str) -> MixtralConfig:
 
 
 def _workload(options: argparse.Namespace, context: int) -> Workload:
-    itemsize = ITEMSIZE[options.dtype]
-    return Workload(context, itemsize, lambda height, width: height * width * itemsize)
+    itemsize, mode = ITEMSIZE[options.dtype], options.quantization
+
+    def matrix_bytes(height: int, width: int) -> int:
+        return height * width * itemsize if mode == "none" else stored_bytes(mode, height, width)
+
+    return Workload(context, itemsize, matrix_bytes)
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

@@ -119,6 +119,12 @@ def group_size(mode: Mode) -> int | None:
     return GROUP_SIZE if mode in ("int4", "nf4") else None
 
 
+def stored_bytes(mode: Mode, height: int, width: int) -> int:
+    """Of a matrix that is quantised here."""
+    scales = width // (group_size(mode) or width)
+    return height * (width // weights_per_byte(mode) + scales * (4 if mode == "nf4" else 2))
+
+
 def below_each_other(parts: list[QuantizedWeight]) -> QuantizedWeight:
     """One matrix of several with the same input."""
     if len(parts) == 1:

@@ -48,3 +48,10 @@ def test_numbers_are_bounded(flag: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["plan", "8x7b", *flag])
     assert "is" in capsys.readouterr().err
+
+
+def test_fewer_bits_fit_where_all_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "8x7b", "--gpu", "a100-40", "--context", "4096"]
+    assert main(arguments) == 1
+    assert main([*arguments, "--quantization", "int4"]) == 0
+    assert "23.5 GiB" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from model.quantization import (
     below_each_other,
     fp8_values,
     quantize,
+    stored_bytes,
 )
 
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
@@ -57,6 +58,11 @@ def test_weights_on_levels_are_kept_exactly(mode: Mode) -> None:
     """A matrix that has been quantised does not change when it is quantised again."""
     once = quantize(random(5, 128), mode).dequantize(torch.float32)
     assert torch.equal(quantize(once, mode).dequantize(torch.float32), once)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_its_size_is_known_before_it_is_made(mode: Mode) -> None:
+    assert quantize(random(10, 256), mode).nbytes == stored_bytes(mode, 10, 256)
 
 
 @pytest.mark.parametrize("mode", MODES)
