@@ -1,0 +1,161 @@
+"""Upgrades and scaling while streams run, through Serve's own proxy: no answer fails, none is cut, all say the same.
+
+Deployed from a configuration as KubeRay does it, so that build() runs in the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.server import free_port
+
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),  # Ray Serve's own
+]
+
+DEADLINE_S = 120.0
+QUESTION = {
+    "model": "mixtral-demo",
+    "messages": [{"role": "user", "content": "Tell me a story."}],
+    "temperature": 0,
+    "max_tokens": 120,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+class Cluster:
+    """Serve with one application, changed the way `serve deploy` changes it."""
+
+    def __init__(self) -> None:
+        from ray import serve
+
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        self.url = f"http://127.0.0.1:{port}"
+
+    def deploy(self, replicas: dict[str, Any], **args: Any) -> None:
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        application = {
+            "name": "mixtral",
+            "import_path": "deployments.app:build",
+            "args": {"model": "demo", "access_log": None} | args,
+            "deployments": [{"name": "ingress"} | replicas],
+        }
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}), _blocking=False)
+
+    def states(self) -> dict[str, int]:
+        """How many replicas are RUNNING, STARTING, STOPPING."""
+        from ray import serve
+
+        application = serve.status().applications.get("mixtral")
+        assert application is None or application.status != "DEPLOY_FAILED", application
+        if application is None or "ingress" not in application.deployments:
+            return {}
+        return {str(state): count for state, count in application.deployments["ingress"].replica_states.items()}
+
+    def settle(self, replicas: int) -> None:
+        eventually(lambda: self.states() == {"RUNNING": replicas}, f"{replicas} replicas and no other")
+
+    def replicas(self) -> dict[str, int]:
+        """Who answers, and the size of their pages."""
+        found = {}
+        for _ in range(20):
+            health = httpx.get(f"{self.url}/health", timeout=30).json()
+            found[health["replica"]] = health["config"]["kv_cache"]["page_size"]
+        return found
+
+
+class Load:
+    """Threads that ask the same again and again, and what they were told."""
+
+    def __init__(self, url: str, threads: int) -> None:
+        self._url = url
+        self._ended = threading.Event()
+        self.answers: list[str] = []
+        self._threads = [threading.Thread(target=self._ask_again) for _ in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask_again(self) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not self._ended.is_set():
+                try:
+                    self.answers.append(self._ask(client))
+                except (httpx.HTTPError, AssertionError, KeyError, ValueError) as error:
+                    self.answers.append(f"failed: {error!r}")
+
+    def _ask(self, client: httpx.Client) -> str:
+        text, last = "", ""
+        with client.stream("POST", f"{self._url}/v1/chat/completions", json=QUESTION) as response:
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                last = line or last
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
+        assert last == "data: [DONE]", last
+        return text
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster(local_ray: None) -> Iterator[Cluster]:
+    from ray import serve
+
+    yield Cluster()
+    serve.shutdown()
+
+
+def test_nobody_notices_an_upgrade_nor_replicas_that_come_and_go(cluster: Cluster) -> None:
+    cluster.deploy({"num_replicas": 2})
+    cluster.settle(2)
+    before = cluster.replicas()
+    with Load(cluster.url, threads=3) as load:
+        eventually(lambda: len(load.answers) >= 3, "answers before the upgrade")
+        cluster.deploy({"num_replicas": 2}, kv_cache={"page_size": 32})
+        eventually(lambda: "STARTING" in cluster.states(), "the upgrade begins")
+        cluster.settle(2)
+        after = cluster.replicas()
+        assert not set(before) & set(after), "no replica of the old version is left"
+        assert set(after.values()) == {32}
+
+        cluster.deploy({"num_replicas": 1}, kv_cache={"page_size": 32})
+        cluster.settle(1)
+        assert set(cluster.replicas()) < set(after), "scaling restarts nobody"
+
+        scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1000, "upscale_delay_s": 0}
+        policy = {"policy_function": "deployments.autoscaling:Policy", "policy_kwargs": {"target_kv_use": 1e-6}}
+        cluster.deploy(
+            {"autoscaling_config": scaling | {"look_back_period_s": 12, "policy": policy}},
+            kv_cache={"page_size": 32},
+        )
+        cluster.settle(2)  # three requests are far from 1000: it was the memory they hold
+    assert len(load.answers) > 10
+    assert len(set(load.answers)) == 1, sorted(set(load.answers))
+    assert "failed" not in load.answers[0]
