@@ -20,7 +20,7 @@ import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Set
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.admission import choose_place
 from cluster.config import SchedulerConfig
@@ -104,13 +104,16 @@ class Scheduler:
 
     def add(self, key: str, request: Request | EncodeRequest, now: float) -> None:
         assert key not in self._requests
-        sequence = self._sequence(key, 0, request, now, None)
+        leader = Sequence.of(key, request, self._next_number, now)
+        choices = {0: leader}
         if isinstance(request, Request):
             for choice in range(1, request.n):
-                sequence.followers.append(self._sequence(key, choice, request, now, sequence))
-        self._requests[key] = _Live({s.choice: s for s in (sequence, *sequence.followers)})
-        self._num_alive += 1 + len(sequence.followers)
-        self._waiting.push(sequence)
+                choices[choice] = Sequence.of(key, request, self._next_number + choice, now, choice, leader)
+                leader.followers.append(choices[choice])
+        self._requests[key] = _Live(choices)
+        self._next_number += len(choices)
+        self._num_alive += len(choices)
+        self._waiting.push(leader)
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (request.deadline_s - self._deadlines_moved, key))
 
@@ -214,22 +217,6 @@ class Scheduler:
     def _choices(self, key: str) -> list[Sequence]:
         live = self._requests.get(key)
         return [] if live is None else list(live.choices.values())
-
-    def _sequence(
-        self, key: str, choice: int, request: Request | EncodeRequest, now: float, leader: Sequence | None
-    ) -> Sequence:
-        number, self._next_number = self._next_number, self._next_number + 1
-        if isinstance(request, EncodeRequest):
-            ids, sampling, pooling, salt = list(request.token_ids), None, request.pooling, ""
-        else:
-            assert request.sampling.seed is not None
-            sampling = replace(request.sampling, seed=request.sampling.seed + choice)
-            if choice:
-                sampling = replace(sampling, prompt_logprobs=None)  # they are the first choice's to give
-            ids, pooling, salt = list(request.prompt_ids), None, request.cache_salt
-        return Sequence(
-            number, key, choice, ids, len(ids), sampling, pooling, request.priority, request.user, salt, now, leader
-        )
 
     def _admit(self, steps: Many[GroupStep], now: float, only: str | None) -> None:
         while self.num_running < self._config.max_running:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from cluster.messages import (
     LAST_SAMPLED,
     EncodeEvent,
+    EncodeRequest,
     FinishReason,
     Pooling,
+    Request,
     Routing,
     SamplingParams,
     SequenceChunk,
@@ -61,6 +63,28 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)  # choices that wait for this one's prompt
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     pooled: list[tuple[float, ...]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        key: str,
+        request: Request | EncodeRequest,
+        number: int,
+        now: float,
+        choice: int = 0,
+        leader: Sequence | None = None,
+    ) -> Sequence:
+        if isinstance(request, EncodeRequest):
+            ids, sampling, pooling, salt = list(request.token_ids), None, request.pooling, ""
+        else:
+            assert request.sampling.seed is not None
+            sampling = replace(request.sampling, seed=request.sampling.seed + choice)
+            if choice:
+                sampling = replace(sampling, prompt_logprobs=None)  # they are the first choice's to give
+            ids, pooling, salt = list(request.prompt_ids), None, request.cache_salt
+        return cls(
+            number, key, choice, ids, len(ids), sampling, pooling, request.priority, request.user, salt, now, leader
+        )
 
     @property
     def order(self) -> tuple[int, int]:
