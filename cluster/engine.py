@@ -154,6 +154,10 @@ class Engine:
             raise StepFailed(event.error)
         return [list(row) for row in event.rows]
 
+    async def prepare(self, grammar: Grammar, *, opens_text: bool) -> None:
+        """RequestInvalid where generate() would raise it because of the grammar. Once asked, the grammar is at hand."""
+        await self._prepare(replace(grammar, opens_text=opens_text))
+
     def abort(self, request_id: str) -> None:
         """Stop working on a request, if it is still there; its stream ends."""
         if (key := self._keys.get(request_id)) is not None:
@@ -226,6 +230,8 @@ class Engine:
             await asyncio.to_thread(self._group.prepare, grammar)
         except ModelError as error:
             raise RequestInvalid(str(error)) from None
+        except StepFailed as error:  # the rank that chooses tokens has died, which the loop will hear of too
+            raise EngineNotReady(str(error), retry_after_s=2) from None
 
     def _submit(self, request: Request | EncodeRequest) -> tuple[str, asyncio.Queue[Event]]:
         key = self._keys[request.request_id] = f"{request.request_id}/{next(self._counter)}"

@@ -32,7 +32,7 @@ from deployments.sampling import fitting, sampling_params
 from deployments.serving import Service
 from deployments.streaming import EventStream, gather, sent_events
 from deployments.tasks import require
-from deployments.tools import calls_grammar, text_or_calls_grammar
+from deployments.tool_grammar import tool_grammar
 
 MAX_ROUTED_TOKENS = 4096  # of one document
 
@@ -78,7 +78,7 @@ class Generation:
         grammar, calls = body.grammar, None
         if body.callable_tools:
             calls = CallsWanted(body.must_call, None if body.parallel_tool_calls else 1, body.names_a_tool)
-            grammar = self._tool_grammar(body)
+            grammar = await tool_grammar(body, self._service, self._prompts.marker_id())
             prompt += self._prompts.marker() if body.must_call else []
         wanted = Wanted([prompt], "messages", shown, grammar, calls=calls is not None)
         reply = ChatReply(self._frame("chatcmpl", body), shown, self._prompts.tokenizer, calls)
@@ -139,20 +139,6 @@ class Generation:
             prompt_ids=tuple(prompt),
             sampling=fitting(common.sampling, self._service.engine.max_model_len - len(prompt)),
         )
-
-    def _tool_grammar(self, body: ChatRequest) -> Grammar | None:
-        tools, at_most_one = body.callable_tools, not body.parallel_tool_calls
-        if body.must_call:
-            return calls_grammar(tools, at_most_one=at_most_one)
-        if body.grammar is None and not any(tool.function.strict for tool in tools):
-            return None
-        marker = self._prompts.marker_id()
-        if marker is None:
-            name = "tools[0].function.strict" if body.grammar is None else "response_format"
-            raise invalid(
-                f"{name}: this model has no token for tool calls, so this needs tool_choice required or none.", name
-            )
-        return text_or_calls_grammar(tools, marker, body.grammar, at_most_one=at_most_one)
 
     def _check(self, body: GenerationRequest, prompts: int) -> None:
         check_model(body.model, self._service.model_names)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cluster.config import SchedulerConfig
-from cluster.messages import EncodeRequest, EngineStats, ExpertsStatus, RankStatus, Request, TokenEvent
+from cluster.messages import EncodeRequest, EngineStats, ExpertsStatus, Grammar, RankStatus, Request, TokenEvent
 from deployments.admission import Pace
 from deployments.live import Live
 from deployments.metrics import Metrics
@@ -74,6 +74,9 @@ class Engine(Protocol):
 
     def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
         """Raises EngineError before the first event or instead of a later one; closing it aborts the request."""
+
+    async def prepare(self, grammar: Grammar, *, opens_text: bool) -> None:
+        """Raises RequestInvalid where generate() would, because of the grammar."""
 
     async def encode(self, request: EncodeRequest) -> list[list[float]]:
         """One row, or one for each token. Raises EngineError; cancelling it aborts the request."""

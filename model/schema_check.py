@@ -2,7 +2,8 @@
 
 A keyword that a validator would obey and we would not is refused by name; so is one that nobody knows, because it is
 most often a misspelt one. Sizes whose cost multiplies (properties, remainders) are bounded here; the library bounds
-the rest. Knows nothing of tokens.
+the rest. Where a schema is a hint and no promise, `enforceable` is the part of it that can be honoured. Knows nothing
+of tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _NOTES = {  # a validator does nothing about these
     *("deprecated", "readOnly", "writeOnly", "contentMediaType", "contentEncoding", "discriminator"),
 }
 _KEYWORDS = _ONE_SCHEMA | _LIST_OF_SCHEMAS | _NAMED_SCHEMAS | _VALUES | _NOTES
+# What the library knows; a format of anybody's own is a keyword that nobody knows.
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 
 
 def parse_json(text: str, what: str) -> Any:
@@ -76,6 +79,35 @@ def check_schema(schema: Any) -> dict[str, Any]:
     if merges:
         _refuse_more(patterns, MAX_MERGED_PATTERNS, "patterns and formats, in schemas merged by allOf or siblings")
     return schema
+
+
+def enforceable(schema: Any, *, patterns: bool = True) -> Any:
+    """The schema without keywords and formats that cannot be honoured: it allows all that the whole one allows.
+
+    Written for clients that describe types of their language (sets, paths, bytes) and check what they get themselves.
+    What is wrong in other ways stays in it.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    part: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        if keyword not in _KEYWORDS or (keyword == "pattern" and not patterns):
+            continue
+        if keyword == "format" and not (patterns and value in _FORMATS):
+            continue
+        if keyword == "oneOf":  # exclusive only where the library can prove it
+            part.setdefault("anyOf", [enforceable(one, patterns=patterns) for one in _listed(value)])
+        elif keyword in _NAMED_SCHEMAS and isinstance(value, dict):
+            part[keyword] = {name: enforceable(one, patterns=patterns) for name, one in value.items()}
+        elif keyword in _LIST_OF_SCHEMAS or (keyword == "items" and isinstance(value, list)):
+            part[keyword] = [enforceable(one, patterns=patterns) for one in _listed(value)]
+        else:
+            part[keyword] = enforceable(value, patterns=patterns) if keyword in _ONE_SCHEMA else value
+    return part
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _merges(schema: dict[str, Any]) -> bool:

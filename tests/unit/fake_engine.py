@@ -18,6 +18,7 @@ from cluster.messages import (
     EngineStats,
     ExpertsStatus,
     FinishReason,
+    Grammar,
     RankStatus,
     Request,
     Routing,
@@ -194,6 +195,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.finished: list[str] = []
         self.aborted: list[str] = []
+        self.refuse: Callable[[Grammar], None] = lambda grammar: None  # raises where a grammar cannot be
         self.limits: SchedulerConfig | None = None
         self.stopped = False
 
@@ -206,6 +208,9 @@ class FakeEngine:
             self.aborted.append(request.request_id)
             raise
         self.finished.append(request.request_id)
+
+    async def prepare(self, grammar: Grammar, *, opens_text: bool) -> None:
+        self.refuse(grammar)
 
     async def encode(self, request: EncodeRequest) -> list[list[float]]:
         self.encoded.append(request)

@@ -349,7 +349,12 @@ async def test_a_grammar_that_cannot_be_compiled_is_the_caller_s_mistake() -> No
     async with running_engine(group) as engine:
         with pytest.raises(RequestInvalid, match="must close what it opens"):
             await collect(engine, request(grammar=Grammar("regex", "(")))
+        with pytest.raises(RequestInvalid, match="must close what it opens"):
+            await engine.prepare(Grammar("regex", "("), opens_text=True)
         assert engine.stats().steps == 0
+        group.prepare_error = StepFailed("rank 0 died")
+        with pytest.raises(EngineNotReady, match="rank 0 died"):
+            await engine.prepare(Grammar("regex", "a"), opens_text=True)
 
 
 async def test_a_sequence_that_fails_fails_alone() -> None:

@@ -1,4 +1,4 @@
-"""Tools: Mistral's format read from a stream, OpenAI's deltas written, the history, and what is constrained."""
+"""Tools: Mistral's format read from a stream, OpenAI's deltas written, and the history."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.messages import Grammar
 from deployments.tool_parser import ToolCallParser
-from deployments.tools import MARKER, Tool, calls_grammar, template_call_id, text_or_calls_grammar
-from model.detokenizer import Vocabulary
-from model.errors import GrammarError
-from model.grammar import GrammarCompiler
+from deployments.tools import MARKER, template_call_id
 from tests.unit.fake_engine import MODEL, FakeEngine, http, openai, spelling
 
 WEATHER: dict[str, Any] = {
@@ -286,65 +282,3 @@ def test_ids_fit_the_templates() -> None:
     assert long == template_call_id("call_0123456789") != template_call_id("call_0123456780")
     assert len(long) == 9
     assert long.isalnum()
-
-
-TOKENS = (b"<unk>", b"<s>", b"</s>", MARKER.encode(), *(bytes([value]) for value in range(256)))
-COMPILER = GrammarCompiler(Vocabulary(TOKENS, frozenset(range(4)), False, True), [2], len(TOKENS))
-
-
-def accepts(grammar: Grammar, text: str, marker: bool = False) -> bool:
-    """Whether a model may write all of the text and end there."""
-    matcher = COMPILER.compile(grammar.kind, grammar.text).matcher()
-    try:
-        matcher.replay([3] * marker + [4 + value for value in text.encode()])
-    except GrammarError:
-        return False
-    return bool(int.from_bytes(matcher.mask(), "little") & 1 << 2)
-
-
-TOOLS = [Tool.model_validate(tool) for tool in (WEATHER, CLOCK)]
-SHAPES = [Tool.model_validate({
-    "type": "function",
-    "function": {
-        "name": "draw",
-        "parameters": {
-            "properties": {"to": {"$ref": "#/$defs/Point"}, "again": {"$ref": "#"}},
-            "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}},
-            "required": ["to"],
-        },
-    },
-})]  # fmt: skip
-
-
-def test_the_grammar_of_a_call() -> None:
-    grammar = calls_grammar(TOOLS, at_most_one=True)
-    assert accepts(grammar, '[{"name": "weather", "arguments": {"city": 1}}]')
-    assert accepts(grammar, '[{"name": "clock", "arguments": {}}]')
-    assert not accepts(grammar, '[{"name": "other", "arguments": {}}]')
-    assert not accepts(grammar, '[{"name": "clock", "arguments": {}}, {"name": "clock", "arguments": {}}]')
-    assert not accepts(grammar, "[]")
-
-
-def test_references_within_parameters() -> None:
-    grammar = calls_grammar(SHAPES, at_most_one=False)
-    assert accepts(grammar, '[{"name": "draw", "arguments": {"to": {"x": 1}, "again": {"to": {"x": 2}}}}]')
-    assert not accepts(grammar, '[{"name": "draw", "arguments": {"to": {"x": "1"}}}]')
-    assert not accepts(grammar, '[{"name": "draw", "arguments": {"to": {"x": 1}, "again": {}}}]')
-
-
-@pytest.mark.parametrize(
-    ("form", "right", "wrong"),
-    [
-        (None, "anything [TOOL_CALLS]\nat all", None),
-        (Grammar("json_object", ""), '{"a": 1}', "text"),
-        (Grammar("json_schema", '{"type":"integer"}'), "12", '"12"'),
-        (Grammar("choice", '["yes","\\"no\\""]'), '"no"', "maybe"),
-    ],
-)
-def test_a_text_or_a_call(form: Grammar | None, right: str, wrong: str | None) -> None:
-    grammar = text_or_calls_grammar(TOOLS, 3, form, at_most_one=False)
-    assert accepts(grammar, right)
-    assert wrong is None or not accepts(grammar, wrong)
-    assert accepts(grammar, ' [{"name": "clock", "arguments": {}}]', marker=True)
-    assert not accepts(grammar, ' [{"name": "other", "arguments": {}}]', marker=True)
-    assert not accepts(grammar, " text", marker=True)
