@@ -15,7 +15,7 @@ import pytest
 from cluster.answer import Answers
 from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from cluster.engine import Engine
-from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid
+from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
 from cluster.placement import even_placement
 from model.config import MixtralConfig
