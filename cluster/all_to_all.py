@@ -26,9 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.messages import Exchange as Mode
 from cluster.placement import Placement
 from model.comm import Comm, Groups, split_rows
-from model.exchange import Dispatched, SlotLoad, sort_by_expert, weighted_sum
+from model.exchange import Dispatched, Exchange, OneRank, SlotLoad, sort_by_expert, weighted_sum
 
 TURNS = 120  # replicas take turns: evenly where there are 1, 2, 3, 4, 5, 6, 8 or 10 of an expert
 
@@ -39,6 +40,7 @@ class SlotTables:
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self.slots_per_rank = placement.slots_per_rank
         self.slices = placement.slices
+        self.num_experts = len(placement.replicas(0))
         self.num_places = placement.num_ranks * placement.slots_per_rank
         self._place_ECJ = [
             torch.tensor(_places(placement, layer), device=device) for layer in range(len(placement.expert_of))
@@ -180,6 +182,20 @@ class GroupedAllReduce(Share):
 
     def combine(self, dispatched: Dispatched, y_ND: Tensor) -> Tensor:
         return self._world.reduce_scatter(self._own.sum(dispatched, y_ND), self._shares)
+
+
+def exchange_for(
+    mode: Mode, groups: Groups, tables: SlotTables, group_tokens: Sequence[int], load: SlotLoad | None = None
+) -> Exchange:
+    match mode:
+        case "none":
+            return OneRank(tables.num_experts, load)
+        case "all_to_all":
+            return AllToAll(groups, tables, group_tokens, load)
+        case "all_reduce" if len(group_tokens) == 1:
+            return AllReduce(groups.world, tables, group_tokens[0], load)
+        case "all_reduce":
+            return GroupedAllReduce(groups, tables, group_tokens, load)
 
 
 class _OwnPairs:

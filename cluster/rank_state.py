@@ -44,6 +44,7 @@ class Wanted:
     seq: int
     rows: range
     samples: bool = False  # the last row gives the next token
+    routed: bool = False  # and its caller wants to know its experts
     targets: tuple[int, ...] = ()  # prompt tokens that the first rows are to be judged by
     pools: bool = False  # the rows are part of a text's vector
     ends: bool = False  # and they are its last ones
@@ -117,7 +118,8 @@ def _wanted(chunk: SequenceChunk, state: SequenceState, first: int) -> Wanted | 
         count = len(wanted_rows(start.pooling, range(length), ends_text=chunk.sample))
         return Wanted(chunk.seq, range(first, first + count), pools=True, ends=chunk.sample) if count else None
     assert start.sampling is not None
+    routed = start.sampling.return_routing
     if start.sampling.prompt_logprobs is not None and chunk.start < start.num_prompt:
         targets = start.token_ids[chunk.start + 1 : min(chunk.start + length + 1, start.num_prompt)]
-        return Wanted(chunk.seq, range(first, first + length), chunk.sample, targets)
-    return Wanted(chunk.seq, range(first, first + 1), samples=True) if chunk.sample else None
+        return Wanted(chunk.seq, range(first, first + length), chunk.sample, routed, targets)
+    return Wanted(chunk.seq, range(first, first + 1), samples=True, routed=routed) if chunk.sample else None

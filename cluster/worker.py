@@ -17,24 +17,28 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from cluster.all_to_all import AllReduce, AllToAll, GroupedAllReduce, SlotTables
+from cluster.all_to_all import SlotTables, exchange_for
+from cluster.canary import Canary, tokens_of_groups
 from cluster.config import EngineConfig
 from cluster.errors import StepFailed
-from cluster.messages import Exchange as ExchangeMode
+from cluster.held_experts import HeldExperts, Place, fetch, hold
 from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
 from cluster.placement import Placement
 from cluster.rank_state import RankState, Wanted
+from cluster.routing import routing_of
 from cluster.sampling import choose, token_logprobs
-from model.checkpoint import load_weights
+from model.checkpoint import load_experts, load_weights
 from model.comm import Groups
 from model.config import load_config
-from model.exchange import Exchange, OneRank, SlotLoad
+from model.exchange import SlotLoad
 from model.grammar import CompiledGrammar, GrammarCompiler
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
+from model.moe import Routing
 from model.shard import Shard
 from model.stages import Stages
 from model.tokenizer import load_tokenizer
+from model.weights import ExpertWeights
 
 HEAD_ROWS = 256  # rows of a prompt whose logits are in memory at once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,12 +62,14 @@ class Worker:
         self._dtype = DTYPES[config.dtype]
         self._stages = Stages()
         self._kv: KVCache | None = None
+        self._fetched: HeldExperts | None = None
+        self._canary: Canary | None = None
         torch.set_num_threads(config.parallel.threads_per_rank)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> WorkerFacts:
         """Read this rank's share of the checkpoint."""
         began = monotonic()
-        directory = Path(self._config.model_path)
+        directory = self._directory = Path(self._config.model_path)
         self._model_config = load_config(directory)
         read = 0
 
@@ -73,14 +79,14 @@ class Worker:
             if progress is not None:
                 progress(done, total)
 
-        self._weights = load_weights(
+        weights = load_weights(
             directory, self._model_config, self._shard, dtype=self._dtype, device=self._device, progress=count
         )
+        self._held = hold(self._model_config, self.rank, self._placement, weights)
         self._tokenizer = load_tokenizer(directory)
         self._compiler = GrammarCompiler(
             self._tokenizer.vocabulary, self._tokenizer.eos_ids, self._model_config.vocab_size
         )
-        self._load = SlotLoad(self._model_config.num_hidden_layers, self._placement.slots_per_rank)
         page = KVCache.bytes_per_page(self._model_config, self._shard, self._config.kv.page_size, self._dtype)
         return WorkerFacts(
             pid=os.getpid(),
@@ -95,8 +101,7 @@ class Worker:
     def join(self, groups: Groups, num_pages: int) -> None:
         """Take a place among the ranks and get ready for the first step. Pages keep what they held."""
         self._groups = groups
-        self._model = Mixtral(self._model_config, self._weights, tensor=groups.tensor, stages=self._stages)
-        self._tables = SlotTables(self._placement, self._device)
+        self._use(self._held)
         if self._kv is None or self._kv.num_pages != num_pages:
             self._kv = None  # its memory is free before the new one's is taken
             self._kv = KVCache(
@@ -116,6 +121,28 @@ class Worker:
         )
         self._next_step = 0
 
+    def _use(self, held: HeldExperts) -> None:
+        """Compute with these experts from now on."""
+        self._held = held
+        self._model = Mixtral(self._model_config, held.weights, tensor=self._groups.tensor, stages=self._stages)
+        self._tables = SlotTables(held.placement, self._device)
+        self._load = SlotLoad(self._model_config.num_hidden_layers, held.placement.slots_per_rank)
+        self._canary = None
+
+    @torch.inference_mode()
+    def fetch(self, placement: Placement) -> None:
+        """Read what this placement needs here and is not here yet; a plan that names its number makes it the one used.
+
+        Callable beside steps, from another thread. Both placements' experts are in memory until then.
+        """
+        if placement.number != self._held.placement.number:
+            self._fetched = fetch(self._held, placement, self.rank, self._model_config, self._read)
+
+    def _read(self, experts: Sequence[Place]) -> dict[Place, ExpertWeights]:
+        return load_experts(
+            self._directory, self._model_config, self._shard, experts, dtype=self._dtype, device=self._device
+        )
+
     def prepare(self, grammar: Grammar) -> CompiledGrammar:
         """Compile a grammar into the cache, so that no step has to. Callable beside a step. ModelError if it cannot."""
         return self._compiler.compile(grammar.kind, grammar.text, opens_text=grammar.opens_text)
@@ -126,13 +153,24 @@ class Worker:
             raise StepFailed(f"rank {self.rank} was given step {plan.step} but expected step {self._next_step}")
         self._next_step += 1
         self._stages.start("build")
+        self._settle(plan.placement)
+        if plan.canary:
+            return self._prove(plan)
         assert self._kv is not None
         group_tokens = plan.group_tokens or (plan.num_tokens,)
         step = self._state.take(plan, self._kv, self._device)
         assert len(step.batch.token_ids_T) == group_tokens[self._group], "ranks would disagree about shapes"
-        hidden_RD = self._model.forward(step.batch, self._kv, self._exchange(plan.exchange, group_tokens))
-        prompt_logprobs = {w.seq: self._judge(w, hidden_RD) for w in step.wanted if w.targets}
+        exchange = exchange_for(plan.exchange, self._groups, self._tables, group_tokens, self._load)
         sampling = [w for w in step.wanted if w.samples]
+        told = [w for w in sampling if w.routed]
+        routings: list[Routing] | None = [] if told else None
+        hidden_RD = self._model.forward(step.batch, self._kv, exchange, routings)
+        prompt_logprobs = {w.seq: self._judge(w, hidden_RD) for w in step.wanted if w.targets}
+        routing = (
+            []
+            if routings is None
+            else routing_of(routings, exchange, step.batch.logits_rows, [w.rows[-1] for w in told])
+        )
         token_ids, logprobs = self._sample(sampling, hidden_RD)
         slot_rows = self._load.take() if plan.report_load else ()
         if not self._samples:
@@ -148,8 +186,33 @@ class Worker:
             prompt_logprobs,
             pooled,
             failed={s.start.seq: s.sampled.error for s in states if s.sampled is not None and s.sampled.error},
+            routing={w.seq: one for w, one in zip(told, routing, strict=True)},
             slot_rows=slot_rows,
         )
+
+    def _settle(self, placement: int) -> None:
+        """Use the placement that the plan names."""
+        if placement == self._held.placement.number:
+            return
+        fetched, self._fetched = self._fetched, None
+        if fetched is None or fetched.placement.number != placement:
+            raise StepFailed(
+                f"rank {self.rank} was to use expert placement {placement} but has not fetched it; "
+                f"it holds {self._held.placement.number}"
+            )
+        self._use(fetched)
+
+    def _prove(self, plan: StepPlan) -> StepResult:
+        """Every expert and collective gives what it should, or StepFailed."""
+        if self._canary is None:
+            self._canary = Canary(self._held, self.rank, self._groups)
+        group_tokens = tokens_of_groups(self._held.placement, self._groups)
+        exchange = exchange_for(plan.exchange, self._groups, self._canary.tables, group_tokens)
+        fault = self._canary.fault(self._model, exchange)
+        if fault is not None:
+            raise StepFailed(f"a canary found on rank {self.rank}: {fault}")
+        slot_rows = self._load.take() if plan.report_load else ()
+        return StepResult(plan.step, (), (), StepTimes(**self._stages.take()), slot_rows=slot_rows)
 
     def _sample(self, wanted: Sequence[Wanted], hidden_RD: Tensor) -> tuple[tuple[int, ...], dict[int, TokenLogprob]]:
         """The next token of each sequence: the first rank of a tensor group chooses, the others are told."""
@@ -198,22 +261,11 @@ class Worker:
             state = self._state.sequences[w.seq]
             assert state.pool is not None
             rows_LD = hidden_RD[w.rows[0] : w.rows[-1] + 1]
-            classifies = not self._model_config.is_language_model and self._weights.head is not None
+            classifies = not self._model_config.is_language_model and self._held.weights.head is not None
             state.pool = state.pool.add(self._model.logits(rows_LD) if classifies else rows_LD)
             if w.ends:
                 pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
         return pooled
-
-    def _exchange(self, mode: ExchangeMode, group_tokens: Sequence[int]) -> Exchange:
-        match mode:
-            case "none":
-                return OneRank(self._model_config.num_local_experts, self._load)
-            case "all_to_all":
-                return AllToAll(self._groups, self._tables, group_tokens, self._load)
-            case "all_reduce" if len(group_tokens) == 1:
-                return AllReduce(self._groups.world, self._tables, group_tokens[0], self._load)
-            case "all_reduce":
-                return GroupedAllReduce(self._groups, self._tables, group_tokens, self._load)
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":

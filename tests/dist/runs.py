@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ class Recorded:
 
     plans: tuple[StepPlan, ...]
     results: tuple[StepResult, ...]
+    expert_rows: tuple[list[list[int]], ...]  # per step: of each layer, the rows of every expert
     texts: dict[tuple[str, int], tuple[int, ...]]  # request and choice -> its tokens
     preemptions: int
 
@@ -81,7 +83,8 @@ def record(directory: Path, data: int) -> Recorded:
     for request in requests():
         scheduler.add(request.request_id, request, 0.0)
     group_of: dict[int, int] = {}
-    plans, results = [], []
+    plans, results, expert_rows = [], [], []
+    placement = placement_for(directory, ParallelConfig())
     texts: dict[tuple[str, int], tuple[int, ...]] = {}
     under_way: deque[StepPlan] = deque()
     while scheduler.has_work:
@@ -92,14 +95,30 @@ def record(directory: Path, data: int) -> Recorded:
             plan = under_way.popleft()
             group_of.update((start.seq, start.group) for start in plan.starts)
             parts = [worker.step(_part(plan, group, group_of)) for group, worker in enumerate(workers)]
-            result = replace(merge(parts, placement_for(directory, ParallelConfig())), slot_rows=())
+            result = merge(parts, placement)
+            expert_rows.append(rows_of_experts(result, replace(placement, expert_of=_repeated(placement, data))))
             for event in scheduler.postprocess(plan, result):
                 if isinstance(event, TokenEvent):
                     key = event.request_id, event.choice
                     texts[key] = texts.get(key, ()) + event.token_ids
             plans.append(plan)
             results.append(result)
-    return Recorded(tuple(plans), tuple(results), texts, scheduler.preemptions)
+    return Recorded(tuple(plans), tuple(results), tuple(expert_rows), texts, scheduler.preemptions)
+
+
+def rows_of_experts(result: StepResult, placement: Placement) -> list[list[int]]:
+    """Of each layer, from the rows of its slots."""
+    counted = []
+    for rows, experts in zip(result.slot_rows, placement.expert_of, strict=True):
+        layer = [0] * (max(experts) + 1)
+        for expert, count in zip(experts, rows, strict=True):
+            layer[expert] += count
+        counted.append(layer)
+    return counted
+
+
+def _repeated(placement: Placement, times: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(layer * times for layer in placement.expert_of)
 
 
 def _part(plan: StepPlan, group: int, group_of: dict[int, int]) -> StepPlan:
@@ -109,14 +128,32 @@ def _part(plan: StepPlan, group: int, group_of: dict[int, int]) -> StepPlan:
         chunks=tuple(chunk for chunk in plan.chunks if group_of[chunk.seq] == group),
         starts=tuple(replace(start, group=0) for start in plan.starts if start.group == group),
         group_tokens=(),
+        report_load=True,
     )
+
+
+def moved(placement: Placement) -> Placement:
+    """Every expert sits somewhere else."""
+    layers = (tuple((expert + 1) % (max(layer) + 1) for expert in layer) for layer in placement.expert_of)
+    return replace(placement, expert_of=tuple(layers), number=placement.number + 1)
 
 
 def replay(
     groups: Groups, directory: Path, parallel: ParallelConfig, plans: tuple[StepPlan, ...], exchange: Exchange
 ) -> list[StepResult]:
-    """One rank's results."""
-    worker = Worker(groups.world.rank, engine_config(directory, parallel), placement_for(directory, parallel))
+    """One rank's results. Half-way, experts move; before and after, a canary sees to it that they are in order."""
+    placement = placement_for(directory, parallel)
+    worker = Worker(groups.world.rank, engine_config(directory, parallel), placement)
     worker.load()
     worker.join(groups, PAGES.get(parallel.data, 12))
-    return [worker.step(replace(plan, exchange=exchange)) for plan in plans]
+    numbers = itertools.count()
+    results = []
+    for index, plan in enumerate(plans):
+        if index == len(plans) // 2:
+            placement = moved(placement)
+            worker.fetch(placement)
+        if index in (0, len(plans) // 2, len(plans) - 1):
+            worker.step(StepPlan(next(numbers), (), exchange=exchange, placement=placement.number, canary=True))
+        plan = replace(plan, step=next(numbers), exchange=exchange, placement=placement.number, report_load=True)
+        results.append(worker.step(plan))
+    return results

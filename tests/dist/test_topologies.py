@@ -18,7 +18,7 @@ from cluster.process_group import Transport
 from cluster.results import merge
 from cluster.transport import shared_memory
 from tests.dist.ranks import run_ranks
-from tests.dist.runs import Recorded, placement_for, record, replay
+from tests.dist.runs import Recorded, moved, placement_for, record, replay, rows_of_experts
 from tests.tiny import write_checkpoint
 
 EVERYTHING = bool(os.environ.get("MIXTRAL_TEST_ALL"))
@@ -103,6 +103,7 @@ def test_data_groups_preemption_and_cached_prefixes_change_no_text(
     """In one process: what the other tests compare with."""
     _, alone = recorded("8 experts", 1)
     assert alone.preemptions > 0
+    assert any(result.routing for result in alone.results)
     for data in (2, 4):
         _, grouped = recorded("8 experts", data)
         assert grouped.texts == alone.texts
@@ -141,13 +142,18 @@ def check(
         tensor=layout.tensor,
         transport=transport,
     )
-    placement = placement_for(directory, layout)
-    for results, one in zip(zip(*ranks, strict=True), expected.results, strict=True):
-        same(merge(results, placement), one)
+    first = placement_for(directory, layout)
+    steps = zip(zip(*ranks, strict=True), expected.results, expected.expert_rows, strict=True)
+    for index, (results, one, rows) in enumerate(steps):
+        placement = first if index < len(expected.plans) // 2 else moved(first)
+        found = merge(results, placement)
+        same(found, one)
+        # One process computes only some rows of the last layer: nobody asks for the others.
+        assert rows_of_experts(found, placement)[:-1] == rows[:-1]
 
 
 def same(found: StepResult, expected: StepResult) -> None:
-    assert (found.step, found.seqs, found.token_ids) == (expected.step, expected.seqs, expected.token_ids)
+    assert (found.seqs, found.token_ids) == (expected.seqs, expected.token_ids)
     assert found.failed == expected.failed == {}
     assert found.pooled.keys() == expected.pooled.keys()
     for seq, rows in expected.pooled.items():
@@ -159,6 +165,11 @@ def same(found: StepResult, expected: StepResult) -> None:
     for seq, each in expected.prompt_logprobs.items():
         for ours, one in zip(found.prompt_logprobs[seq], each, strict=True):
             assert ours.logprob == pytest.approx(one.logprob, abs=1e-3)
+    assert found.routing.keys() == expected.routing.keys()
+    for seq, layers in expected.routing.items():
+        for ours, one in zip(found.routing[seq], layers, strict=True):
+            assert [expert for expert, _ in ours] == [expert for expert, _ in one]
+            assert [weight for _, weight in ours] == pytest.approx([weight for _, weight in one], abs=1e-4)
 
 
 def _without_values(logprobs: dict[int, TokenLogprob]) -> dict[int, TokenLogprob]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.all_to_all import AllReduce, AllToAll, GroupedAllReduce, SlotTables
+from cluster.all_to_all import AllToAll, SlotTables, exchange_for
+from cluster.messages import Exchange
 from cluster.placement import Placement, even_placement
 from cluster.transport.shared_memory import supported
 from model.comm import Groups, split_rows
-from model.exchange import Exchange, OneRank, SlotLoad
+from model.exchange import OneRank, SlotLoad
 from tests.threaded_ranks import on_groups
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
@@ -92,20 +93,10 @@ CASES = [
 ]
 
 
-def exchange_of(mode: str, groups: Groups, tables: SlotTables, group_tokens: list[int], load: SlotLoad) -> Exchange:
-    match mode, len(group_tokens):
-        case "all_to_all", _:
-            return AllToAll(groups, tables, group_tokens, load)
-        case "all_reduce", 1:
-            return AllReduce(groups.world, tables, group_tokens[0], load)
-        case _:
-            return GroupedAllReduce(groups, tables, group_tokens, load)
-
-
 @pytest.mark.parametrize("mode", ["all_to_all", "all_reduce"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("tokens", [(0, 1, 0, 0), (13, 0, 4, 9)], ids=["one", "many"])  # of group 0, 1, 2, 3
-def test_every_layout_gives_what_the_definition_says(mode: str, case: Case, tokens: tuple[int, ...]) -> None:
+def test_every_layout_gives_what_the_definition_says(mode: Exchange, case: Case, tokens: tuple[int, ...]) -> None:
     group_tokens = [max(tokens)] if case.data == 1 else list(tokens[: case.data])
     placement = case.placement
     inputs = [routed(T, case.experts, min(2, case.experts), seed=group) for group, T in enumerate(group_tokens)]
@@ -113,7 +104,7 @@ def test_every_layout_gives_what_the_definition_says(mode: str, case: Case, toke
     def rank_main(groups: Groups) -> tuple[Tensor, tuple[int, ...]]:
         rank = groups.world.rank
         load = SlotLoad(2, placement.slots_per_rank)
-        exchange = exchange_of(mode, groups, SlotTables(placement, CPU), group_tokens, load)
+        exchange = exchange_for(mode, groups, SlotTables(placement, CPU), group_tokens, load)
         x_SD, expert_SK, weight_SK = (exchange.share(x) for x in inputs[rank // case.tensor])
         sent = exchange.dispatch(1, x_SD, expert_SK, weight_SK)
         held = placement.slots_of(rank)[1]
@@ -145,9 +136,10 @@ def test_replicas_take_turns() -> None:
 
     def rank_main(groups: Groups) -> dict[str, list[int]]:
         found = {}
-        for mode in ("all_to_all", "all_reduce"):
+        modes: list[Exchange] = ["all_to_all", "all_reduce"]
+        for mode in modes:
             load = SlotLoad(1, 2)
-            exchange = exchange_of(mode, groups, SlotTables(placement, CPU), [12], load)
+            exchange = exchange_for(mode, groups, SlotTables(placement, CPU), [12], load)
             sent = exchange.dispatch(0, *(exchange.share(x) for x in (x_TD, expert_TK, torch.ones(12, 1))))
             exchange.combine(sent, sent.x_ND)
             found[mode] = sent.rows

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config import EngineConfig, KVConfig
+from cluster.config import EngineConfig, KVConfig, ParallelConfig
 from cluster.errors import StepFailed
 from cluster.messages import LAST_SAMPLED, Pooling, SamplingParams, SequenceChunk, SequenceStart, StepPlan
-from cluster.placement import even_placement
+from cluster.placement import Placement, even_placement
 from cluster.worker import Worker
 from model.comm import alone
 from tests.tiny import CONFIG, write_checkpoint
@@ -116,3 +116,85 @@ def test_pooling_does_not_depend_on_chunks(worker: Worker, pooling: Pooling, row
     assert worker.step(StepPlan(1, (first,), (replace(text, seq=1),))).pooled == {}
     parts = worker.step(StepPlan(2, (SequenceChunk(1, PROMPT[3:], 3, (3,), True),))).pooled[1]
     torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_the_load_of_every_slot_is_reported_when_asked_for(worker: Worker) -> None:
+    first = worker.step(StepPlan(0, (SequenceChunk(0, PROMPT, 0, (0, 1), True),), (start(0),)))
+    assert first.slot_rows == ()
+    both = worker.step(StepPlan(1, (SequenceChunk(0, first.token_ids, 5, (), True),), report_load=True)).slot_rows
+    assert [sum(rows) for rows in both] == [2 * (5 + 1), 2 * (1 + 1)]  # the last block: of sampled rows alone
+    again = worker.step(StepPlan(2, (SequenceChunk(0, (LAST_SAMPLED,), 6, (), True),), report_load=True)).slot_rows
+    assert [sum(rows) for rows in again] == [2, 2]
+
+
+def test_who_asks_is_told_how_the_sampled_row_was_routed(worker: Worker) -> None:
+    routed = replace(GREEDY, return_routing=True)
+    sequences = (SequenceChunk(0, PROMPT, 0, (0, 1), True), SequenceChunk(1, PROMPT[::-1], 0, (2, 3), True))
+    whole = worker.step(StepPlan(0, sequences, (start(0), start(1, PROMPT[::-1], routed)), report_load=True))
+    assert whole.routing.keys() == {1}
+    layers = whole.routing[1]
+    assert [len(layer) for layer in layers] == [2, 2]
+    for layer, rows in zip(layers, whole.slot_rows, strict=True):
+        (best, more), (other, less) = layer
+        assert best != other
+        assert more >= less
+        assert more + less == pytest.approx(1)
+        assert rows[best] > 0 < rows[other]
+    begun = SequenceChunk(2, PROMPT[::-1][:3], 0, (4, 5), False)
+    assert worker.step(StepPlan(1, (begun,), (start(2, PROMPT[::-1], routed),))).routing == {}
+    rest = worker.step(StepPlan(2, (SequenceChunk(2, PROMPT[::-1][3:], 3, (), True),))).routing[2]
+    for ours, theirs in zip(rest, layers, strict=True):
+        assert [expert for expert, _ in ours] == [expert for expert, _ in theirs]
+        assert [weight for _, weight in ours] == pytest.approx([weight for _, weight in theirs])
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Worker:
+    """The first of two ranks, which holds experts 0 and 1 of 4; its group is pretended to be alone."""
+    directory = write_checkpoint(tmp_path / "tiny")
+    made = Worker(0, EngineConfig(str(directory), parallel=ParallelConfig(data=2)), even_placement(2, 4, 2))
+    made.load()
+    made.join(alone(), num_pages=4)
+    return made
+
+
+def test_experts_move_when_a_plan_says_so(half: Worker) -> None:
+    moved = Placement(2, 2, ((2, 1, 0, 3), (0, 1, 2, 3)), number=7)
+    before = [block.experts for block in half._held.weights.blocks]
+    half.fetch(moved)
+    assert half._held.placement.number == 0, "not before"
+    half.step(StepPlan(0, (), exchange="all_reduce", group_tokens=(0, 0), placement=7))
+    after = [block.experts for block in half._held.weights.blocks]
+    assert after[0][1] is before[0][1], "what stays is not read again"
+    assert after[1] == before[1]
+    answers = half._held.answers
+    assert answers.keys() == {(0, 2), (0, 1), (1, 0), (1, 1)}
+    # Back to where they were, through the checkpoint: the same expert, and it gives the same.
+    half.fetch(even_placement(2, 4, 2))
+    half.step(StepPlan(1, (), exchange="all_reduce", group_tokens=(0, 0), placement=0))
+    again = half._held.weights.blocks[0].experts[0]
+    assert again is not before[0][0]
+    assert torch.equal(again.gate_up.weight_OI, before[0][0].gate_up.weight_OI)
+    assert torch.equal(again.down.weight_OI, before[0][0].down.weight_OI)
+
+
+def test_a_placement_that_was_not_fetched_is_refused(half: Worker) -> None:
+    with pytest.raises(StepFailed, match="rank 0 was to use expert placement 3 but has not fetched it; it holds 0"):
+        half.step(StepPlan(0, (), placement=3))
+    half.fetch(replace(even_placement(2, 4, 2), number=4))
+    with pytest.raises(StepFailed, match="expert placement 3"):
+        half.step(StepPlan(1, (), placement=3))
+
+
+def test_fetching_what_is_held_changes_nothing(half: Worker) -> None:
+    half.fetch(even_placement(2, 4, 2))
+    half.step(StepPlan(0, (), exchange="all_reduce", group_tokens=(0, 0)))
+
+
+def test_pages_outlive_the_group_they_were_filled_in(worker: Worker) -> None:
+    first = worker.step(StepPlan(0, (SequenceChunk(0, PROMPT, 0, (0, 1), True),), (start(0),)))
+    second = worker.step(StepPlan(1, (SequenceChunk(0, first.token_ids, 5, (), True),)))
+    worker.join(alone(), num_pages=8)
+    known = PROMPT + first.token_ids
+    chunk = SequenceChunk(0, first.token_ids, 5, (0, 1), True)
+    assert worker.step(StepPlan(0, (chunk,), (start(0, known),))).token_ids == second.token_ids
