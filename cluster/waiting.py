@@ -3,15 +3,21 @@
 Lower priority numbers go first. Within one, users take turns so that each gets the same share of computed tokens
 while they compete (start-time fair queueing: the user who has been served least is next; one who was away comes
 back level with the others, not ahead). Within a user, first come, first served.
+
+Looking costs nothing for those who do not come up: each line, one user's of one priority, stands in a heap by its
+place when it was last looked at. A place only gets worse while others are looked at, so the best of the heap is put
+right until it is right.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 MAX_REMEMBERED_USERS = 4096
+MAX_OUTDATED = 64  # places in the heap beyond twice the lines
 
 
 class Waits(Protocol):
@@ -27,11 +33,14 @@ class Waits(Protocol):
 
 
 T = TypeVar("T", bound=Waits)
+Place = tuple[int, float, int, str]  # priority, what the user has been served, number of the line's first, user
 
 
 class WaitingQueue(Generic[T]):
     def __init__(self) -> None:
-        self._queues: dict[int, dict[str, deque[T]]] = {}  # priority -> user -> those who wait; no empty ones
+        self._lines: dict[tuple[int, str], deque[T]] = {}  # by priority and user; no empty ones
+        self._places: dict[tuple[int, str], Place] = {}  # of each line, as it is in the heap
+        self._heap: list[Place] = []  # those, and outdated ones that nobody has come across yet
         self._served: dict[str, float] = {}  # tokens computed for a user, as far as that matters
         self._level = 0.0  # what the user admitted last had been served
         self._length = 0
@@ -40,43 +49,44 @@ class WaitingQueue(Generic[T]):
         return self._length
 
     def __iter__(self) -> Iterator[T]:
-        for users in self._queues.values():
-            for queue in users.values():
-                yield from queue
+        for line in self._lines.values():
+            yield from line
 
     def push(self, sequence: T) -> None:
         """By arrival among the user's own: whoever was preempted came before whoever was never admitted."""
-        users = self._queues.setdefault(sequence.priority, {})
-        queue = users.setdefault(sequence.user, deque())
+        line = self._lines.setdefault((sequence.priority, sequence.user), deque())
         self._served[sequence.user] = max(self._served.get(sequence.user, 0.0), self._level)
-        position = len(queue)
-        while position and queue[position - 1].number > sequence.number:
+        position = len(line)
+        while position and line[position - 1].number > sequence.number:
             position -= 1
-        queue.insert(position, sequence)
+        line.insert(position, sequence)
         self._length += 1
+        if position == 0:
+            heapq.heappush(self._heap, self._note_place(line))
+            self._drop_outdated()
 
     def peek(self) -> T | None:
-        if not self._queues:
-            return None
-        users = self._queues[min(self._queues)]
-        if len(users) == 1:
-            (queue,) = users.values()
-        else:
-            queue = min(users.values(), key=lambda queue: (self._served[queue[0].user], queue[0].number))
-        return queue[0]
+        while self._heap:
+            known = self._heap[0]
+            line = self._lines.get((known[0], known[3]))
+            if line is None or self._places[known[0], known[3]] is not known:
+                heapq.heappop(self._heap)
+            elif self._place(line) == known:
+                return line[0]
+            else:
+                heapq.heapreplace(self._heap, self._note_place(line))
+        return None
 
     def remove(self, sequence: T) -> None:
-        users = self._queues[sequence.priority]
-        queue = users[sequence.user]
-        if queue[0] is sequence:
-            queue.popleft()
+        line = self._lines[sequence.priority, sequence.user]
+        if line[0] is sequence:
+            line.popleft()
         else:
-            queue.remove(sequence)
+            line.remove(sequence)
         self._length -= 1
-        if not queue:
-            del users[sequence.user]
-            if not users:
-                del self._queues[sequence.priority]
+        if not line:
+            del self._lines[sequence.priority, sequence.user]
+            del self._places[sequence.priority, sequence.user]
 
     def charge(self, sequence: T, tokens: int) -> None:
         """So many tokens are computed for the sequence's user."""
@@ -86,5 +96,18 @@ class WaitingQueue(Generic[T]):
         """The sequence was taken from here to run: the level of those who compete rises to its user's."""
         self._level = max(self._level, self._served.get(sequence.user, 0.0))
         if len(self._served) > MAX_REMEMBERED_USERS:
-            waiting = {user for users in self._queues.values() for user in users}
+            waiting = {user for _, user in self._lines}
             self._served = {u: s for u, s in self._served.items() if u in waiting or s > self._level}
+
+    def _place(self, line: deque[T]) -> Place:
+        first = line[0]
+        return first.priority, self._served[first.user], first.number, first.user
+
+    def _note_place(self, line: deque[T]) -> Place:
+        place = self._places[line[0].priority, line[0].user] = self._place(line)
+        return place
+
+    def _drop_outdated(self) -> None:
+        if len(self._heap) > 2 * len(self._lines) + MAX_OUTDATED:
+            self._heap = list(self._places.values())
+            heapq.heapify(self._heap)

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.waiting import WaitingQueue
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.waiting import MAX_OUTDATED, WaitingQueue
 
 
 @dataclass(eq=False)
@@ -81,3 +86,75 @@ def test_removing_from_the_middle() -> None:
     queue = queue_of(Waiter(0), middle, Waiter(2))
     queue.remove(middle)
     assert drain(queue) == [0, 2]
+
+
+def least_served(waiters: Iterable[Waiter], served: dict[str, float]) -> Waiter | None:
+    """The rule without the heap."""
+    return min(waiters, key=lambda w: (w.priority, served[w.user], w.number), default=None)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["push", "admit", "charge", "abort", "again"]), st.integers(0, 30)), max_size=60)
+)
+def test_whatever_happens_the_least_served_is_next(steps: list[tuple[str, int]]) -> None:
+    queue: WaitingQueue[Waiter] = WaitingQueue()
+    waiting: dict[int, Waiter] = {}
+    running: list[Waiter] = []
+    served: dict[str, float] = {}
+    level = 0.0
+    number = 0
+    for what, drawn in steps:
+        if what == "push" or (what == "again" and running):
+            if what == "push":
+                number += 1
+                waiter = Waiter(number, "abc"[drawn % 3], drawn % 2)
+            else:
+                waiter = running.pop(drawn % len(running))
+            served[waiter.user] = max(served.get(waiter.user, 0.0), level)
+            waiting[waiter.number] = waiter
+            queue.push(waiter)
+        elif what == "charge" and running:
+            waiter = running[drawn % len(running)]
+            served[waiter.user] += drawn
+            queue.charge(waiter, drawn)
+        elif what == "abort" and waiting:
+            queue.remove(waiting.pop(sorted(waiting)[drawn % len(waiting)]))
+        elif what == "admit" and waiting:
+            first = queue.peek()
+            assert first is not None
+            queue.remove(waiting.pop(first.number))
+            queue.admitted(first)
+            level = max(level, served[first.user])
+            running.append(first)
+        assert queue.peek() is least_served(waiting.values(), served)
+        assert len(queue) == len(waiting)
+
+
+def test_looking_does_not_pass_by_everybody() -> None:
+    seen = 0
+
+    class Watched(Waiter):
+        def __getattribute__(self, name: str) -> object:
+            nonlocal seen
+            seen += name == "number"
+            return super().__getattribute__(name)
+
+    queue = queue_of(*(Watched(n, f"user {n}") for n in range(1000)))
+    for _ in range(100):
+        first = queue.peek()
+        assert first is not None
+        queue.charge(first, 5)
+    seen = 0
+    queue.peek()
+    assert seen < 5
+
+
+@pytest.mark.parametrize("others", [0, 50])
+def test_those_who_come_and_go_leave_nothing_behind(others: int) -> None:
+    queue = queue_of(Waiter(0, "first"), *(Waiter(n, f"user {n}", priority=2) for n in range(1, others + 1)))
+    for number in range(1000, 2000):
+        passing = Waiter(number, f"user {number}", priority=1)
+        queue.push(passing)
+        queue.remove(passing)
+    assert len(queue._heap) <= 2 * (others + 2) + MAX_OUTDATED
+    assert [queue.peek() is not None, len(queue)] == [True, others + 1]
