@@ -1,4 +1,4 @@
-"""What planning a step costs, against the number of sequences that run.
+"""What planning a step costs, against the number of sequences that run, of data groups, and of requests that wait.
 
     python -m tests.bench.scheduler_overhead
 
@@ -26,13 +26,14 @@ def result(plan: StepPlan) -> StepResult:
     return StepResult(plan.step, seqs, (7,) * len(seqs), StepTimes())
 
 
-def measure(running: int) -> tuple[float, float, float, int]:
+def measure(running: int, groups: int, waiting: int) -> tuple[float, float, float, int]:
     """Seconds of schedule, postprocess and pickling, and the plan's bytes."""
-    pool = PagePool(running * 80, 16, prefix_caching=True, key=b"k")
-    scheduler = Scheduler(SchedulerConfig(running, 1 << 20, 0), [pool], eos_ids=())
-    for number in range(running):
+    pools = [PagePool(running * 80, 16, prefix_caching=True, key=b"k") for _ in range(groups)]
+    scheduler = Scheduler(SchedulerConfig(running, 1 << 20, waiting), pools, eos_ids=())
+    for number in range(running + waiting):
         prompt = tuple((number + i) % 1000 for i in range(CONTEXT))
-        scheduler.add(str(number), Request(str(number), prompt, SamplingParams(STEPS + 10, seed=0)), 0.0)
+        request = Request(str(number), prompt, SamplingParams(STEPS + 10, seed=0), user=str(number))
+        scheduler.add(str(number), request, 0.0)
     plan = scheduler.schedule(0.0)
     assert plan is not None
     rows = []
@@ -52,10 +53,16 @@ def measure(running: int) -> tuple[float, float, float, int]:
 
 
 def main() -> None:
-    print(f"{'running':>8}{'schedule ms':>13}{'postprocess ms':>16}{'pickle ms':>11}{'plan bytes':>12}")
-    for running in (1, 8, 32, 64, 256):
-        schedule, postprocess, pickled, size = measure(running)
-        print(f"{running:>8}{schedule * 1e3:>13.3f}{postprocess * 1e3:>16.3f}{pickled * 1e3:>11.3f}{size:>12}")
+    print(
+        f"{'running':>8}{'groups':>8}{'waiting':>9}"
+        f"{'schedule ms':>13}{'postprocess ms':>16}{'pickle ms':>11}{'plan bytes':>12}"
+    )
+    for running, groups, waiting in (*((n, 1, 0) for n in (1, 8, 32, 64, 256)), (256, 4, 0), (256, 1, 1024)):
+        schedule, postprocess, pickled, size = measure(running, groups, waiting)
+        print(
+            f"{running:>8}{groups:>8}{waiting:>9}"
+            f"{schedule * 1e3:>13.3f}{postprocess * 1e3:>16.3f}{pickled * 1e3:>11.3f}{size:>12}"
+        )
 
 
 if __name__ == "__main__":
