@@ -1,7 +1,21 @@
-"""Kernels run in Triton's interpreter here, whatever the machine. Triton looks at this when it is imported."""
+"""Kernels run in Triton's interpreter here, whatever the machine; files of tiny tensors may ask for one thread."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
+import torch
+
+# Triton looks at this when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

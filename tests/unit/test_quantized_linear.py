@@ -12,6 +12,8 @@ from model import quantized_linear
 from model.quantization import Mode, QuantizedWeight, quantize
 from model.quantized_linear import Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear, make_quantized_linear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
