@@ -116,6 +116,30 @@ def whole_byte(code: tl.tensor, MODE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def tile_scales(
+    scale_rows: tl.tensor,
+    is_weight: tl.tensor,
+    start: tl.tensor,
+    I: int,  # noqa: E741
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tl.tensor:
+    """The scale of every byte of a tile that begins at column `start`; each is loaded once where groups fit tiles."""
+    if GROUP % DEPTH == 0:
+        return tl.load(scale_rows + start // GROUP, mask=is_weight[:, None], other=0.0).to(tl.float32)
+    if DEPTH % GROUP == 0:
+        group = start // GROUP + tl.arange(0, DEPTH // GROUP)[None, :]
+        is_scale = is_weight[:, None] & (group < I // GROUP)
+        scale = tl.load(scale_rows + group, mask=is_scale, other=0.0).to(tl.float32)
+        wide = tl.broadcast_to(scale[:, :, None], (COLUMNS, DEPTH // GROUP, GROUP // 2))
+        return tl.reshape(wide, (COLUMNS, DEPTH // 2))
+    column = start + 2 * tl.arange(0, DEPTH // 2)[None, :]
+    is_scale = is_weight[:, None] & (column < I)
+    return tl.load(scale_rows + column // GROUP, mask=is_scale, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def product(
     x_ptr: tl.tensor,
     x_row: tl.tensor,
@@ -136,18 +160,18 @@ def product(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     x_rows = x_ptr + x_row[:, None] * I
     if MODE == "int4" or MODE == "nf4":
-        for start in range(0, I // 2, DEPTH // 2):
-            byte = start + tl.arange(0, DEPTH // 2)[None, :]
-            is_byte = byte < I // 2
-            is_code, is_even = is_weight[:, None] & is_byte, is_x[:, None] & is_byte
-            code = tl.load(weight_ptr + weight_row[:, None] * (I // 2) + byte, mask=is_code, other=0)
-            scales = scale_ptr + weight_row[:, None] * (I // GROUP) + byte // (GROUP // 2)
-            scale = tl.load(scales, mask=is_code, other=0.0).to(tl.float32)
+        scale_rows = scale_ptr + weight_row[:, None] * (I // GROUP)
+        for start in range(0, I, DEPTH):
+            column = start + tl.arange(0, DEPTH)[None, :]
+            x = tl.load(x_rows + column, mask=is_x[:, None] & (column < I), other=0.0)
+            byte = start // 2 + tl.arange(0, DEPTH // 2)[None, :]
+            codes = weight_ptr + weight_row[:, None] * (I // 2) + byte
+            code = tl.load(codes, mask=is_weight[:, None] & (byte < I // 2), other=0)
+            scale = tile_scales(scale_rows, is_weight, start, I, GROUP, COLUMNS, DEPTH)
             # Even and odd columns apart: their codes lie in two halves of a byte, and a sum has no order.
-            even = tl.load(x_rows + 2 * byte, mask=is_even, other=0.0)
-            odd = tl.load(x_rows + 2 * byte + 1, mask=is_even, other=0.0)
-            low = (half_byte(code & 15, levels_ptr, MODE) * scale).to(even.dtype)
-            high = (half_byte(code >> 4, levels_ptr, MODE) * scale).to(even.dtype)
+            even, odd = tl.split(tl.reshape(x, (ROWS, DEPTH // 2, 2)))
+            low = (half_byte(code & 15, levels_ptr, MODE) * scale).to(x.dtype)
+            high = (half_byte(code >> 4, levels_ptr, MODE) * scale).to(x.dtype)
             total = tl.dot(even, tl.trans(low), total, input_precision="ieee")
             total = tl.dot(odd, tl.trans(high), total, input_precision="ieee")
     else:

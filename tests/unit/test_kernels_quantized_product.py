@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from model.quantization import Mode, quantize
+from model.quantization import Mode, QuantizedWeight, quantize
 
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 
@@ -26,6 +26,18 @@ def test_it_is_the_product(mode: Mode, rows: int, columns: int, out: int, dtype:
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     found_TO = quantized_product(x_TI, WeightStack.of_one(weight))
     torch.testing.assert_close(found_TO, expected_TO, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("group_size", "groups"), [(32, 7), (64, 3), (128, 2), (256, 2), (96, 3), (136, 1)])
+def test_groups_of_any_size(group_size: int, groups: int) -> None:
+    """Several to a tile of 128 columns, one, a part of one, and such as do not fit."""
+    generator = torch.Generator().manual_seed(group_size)
+    columns = group_size * groups
+    packed_OP = torch.randint(0, 256, (20, columns // 2), dtype=torch.uint8, generator=generator)
+    weight = QuantizedWeight("int4", packed_OP, torch.rand(20, groups, generator=generator))
+    x_TI = torch.randn(3, columns, generator=generator)
+    expected_TO = x_TI @ weight.dequantize(torch.float32).T
+    torch.testing.assert_close(quantized_product(x_TI, WeightStack.of_one(weight)), expected_TO, rtol=1e-4, atol=1e-3)
 
 
 def test_every_code_is_exact() -> None:

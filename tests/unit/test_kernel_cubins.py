@@ -1,0 +1,31 @@
+"""Kernels that ran in the interpreter also compile for a GPU (sm_90), and fit the shared memory of smaller ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled by Triton")
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {
+    "_add_norm", "_choose", "_sort", "_rope_write", "_attend_split", "_merge",
+    "_gate_up", "_down", "_quantized_product",
+}  # fmt: skip
+
+
+def test_every_kernel_compiles() -> None:
+    whole = ["--whole"] if os.environ.get("MIXTRAL_TEST_ALL") else []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernel_cubins", *whole]
+    output = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    compiled = [json.loads(line) for line in output.splitlines()]
+    assert {line["kernel"] for line in compiled} == KERNELS
+    for line in compiled:
+        assert line["cubin_bytes"] > 0
+        assert line["shared_bytes"] <= 99 << 10, line
