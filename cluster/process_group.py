@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, Protocol
 
+import torch
 import torch.distributed as dist
 
 from cluster.transport.gloo import GlooComm
+from cluster.transport.nccl import NcclComm
 from cluster.transport.shared_memory import Layout, SharedMemoryComm, create_file
 from model.comm import Comm, Groups, SoloComm
 
-Transport = Literal["shared_memory", "gloo"]
+Transport = Literal["shared_memory", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,10 @@ def open_store(rendezvous: Rendezvous) -> Store:
 
 
 def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Membership:
-    """This rank's end of its groups; returns when all ranks have joined. Rank 0 brings the store it opened."""
+    """This rank's end of its groups; returns when all ranks have joined. Rank 0 brings the store it opened.
+
+    NCCL binds to the current CUDA device.
+    """
     if store is None:
         timeout = timedelta(seconds=rendezvous.timeout_s)
         store = dist.TCPStore(
@@ -109,3 +114,10 @@ def _connect(rendezvous: Rendezvous, name: str, rank: int, size: int, own_addres
             options._timeout = timedelta(seconds=rendezvous.timeout_s)
             options._threads = 1  # collectives run one after another; more threads only fight the compute threads
             return GlooComm(dist.ProcessGroupGloo(prefixed, rank, size, options))
+        case "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timedelta(seconds=rendezvous.timeout_s)
+            backend = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+            # Now, while every rank is here, and not in the first step.
+            backend.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+            return NcclComm(backend)

@@ -172,10 +172,11 @@ class RayGroup:
         """Connect the ranks."""
         ranks = list(self._ranks.values())
         addresses = [rank.place.address for rank in ranks if rank.place is not None]
-        transport: Transport = "gloo"
+        transport: Transport = "nccl" if self._config.device == "cuda" else "gloo"
         if len(set(addresses)) == 1:
             addresses = [LOOPBACK] * len(addresses)
-            transport = "shared_memory" if shared_memory.supported() else "gloo"
+            if transport == "gloo" and shared_memory.supported():
+                transport = "shared_memory"
         rendezvous = None
         if len(ranks) > 1:
             opened = ranks[0].actor.open_store.remote(addresses[0], len(ranks), self.epoch, transport)
