@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Literal
@@ -21,7 +21,7 @@ from typing import Literal
 from cluster.answer import Answers
 from cluster.config import EngineConfig, SchedulerConfig
 from cluster.engine_loop import Abort, Add, Died, EngineLoop, Limit
-from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
+from cluster.errors import EngineDraining, EngineError, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
 from cluster.messages import (
@@ -50,6 +50,12 @@ TASKS: dict[Architecture, Task] = {
     "MixtralForSequenceClassification": "classify",
     "MixtralForTokenClassification": "token_classify",
     "MixtralForQuestionAnswering": "question_answering",
+}
+REFUSALS: dict[type[EngineError], str] = {
+    QueueFull: "queue_full",
+    EngineNotReady: "not_ready",
+    EngineDraining: "draining",
+    RequestInvalid: "invalid",
 }
 STOP_TIMEOUT_S = 5.0  # for the step under way; then the ranks are ended all the same
 
@@ -89,8 +95,9 @@ class Engine:
         self._counter = itertools.count()
         self._event_loop = asyncio.get_running_loop()
         self._draining = False
+        self._observer = observer or Silence()
         self._loop = EngineLoop(
-            self._scheduler, group, config.parallel, self._load, self._publish, self.stats, observer or Silence()
+            self._scheduler, group, config.parallel, self._load, self._publish, self.stats, self._observer
         )
         self._loop.start()
 
@@ -116,15 +123,8 @@ class Engine:
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
         """The request's events, one per choice and step. Closing the iterator aborts the request."""
-        self._check(request)
-        sampling = request.sampling
-        if sampling.grammar is not None:
-            sampling = replace(sampling, grammar=replace(sampling.grammar, opens_text=not request.continues_prompt))
-            await self._prepare(sampling.grammar)
-            self._check(request)
-        if sampling.seed is None:  # drawn here, so that a replay after preemption gives the same tokens
-            sampling = replace(sampling, seed=secrets.randbits(62))
-        request = replace(request, sampling=sampling)
+        with self._refusals_told():
+            request = await self._made_ready(request)
         answers = Answers(request, self.tokenizer)
         key, stream = self._submit(request)
         try:
@@ -142,7 +142,8 @@ class Engine:
 
     async def encode(self, request: EncodeRequest) -> list[list[float]]:
         """Pooled hidden states of a text, or class scores where the checkpoint has a head for them."""
-        self._check(request)
+        with self._refusals_told():
+            self._check(request)
         key, stream = self._submit(request)
         event = None
         try:
@@ -208,6 +209,27 @@ class Engine:
         self._loop.put(None)
         await asyncio.to_thread(self._loop.join, STOP_TIMEOUT_S)
         await asyncio.to_thread(self._group.stop)
+
+    async def _made_ready(self, request: Request) -> Request:
+        """The request as the scheduler wants it, checked, its grammar compiled."""
+        self._check(request)
+        sampling = request.sampling
+        if sampling.grammar is not None:
+            sampling = replace(sampling, grammar=replace(sampling.grammar, opens_text=not request.continues_prompt))
+            await self._prepare(sampling.grammar)
+            self._check(request)
+        if sampling.seed is None:  # drawn here, so that a replay after preemption gives the same tokens
+            sampling = replace(sampling, seed=secrets.randbits(62))
+        return replace(request, sampling=sampling)
+
+    @contextlib.contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        """Whoever keeps count learns of a request that is not taken in, and why."""
+        try:
+            yield
+        except EngineError as error:
+            self._observer.rejected(REFUSALS.get(type(error), "other"))
+            raise
 
     def _check(self, request: Request | EncodeRequest) -> None:
         """Can this request be taken in now?"""

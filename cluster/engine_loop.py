@@ -146,7 +146,7 @@ class EngineLoop:
         """The loop. None: it was told to end. Else: why the ranks have to be formed anew."""
         try:
             while self._take_commands(wait=self._idle()):
-                self._send(self._scheduler.expire(monotonic()))
+                self._expire()
                 began = monotonic()
                 plan = self._schedule(began)
                 if plan is not None:
@@ -158,6 +158,13 @@ class EngineLoop:
         except StepFailed as failure:
             return failure
         return None
+
+    def _expire(self) -> None:
+        """Who has waited too long is told so."""
+        events = self._scheduler.expire(monotonic())
+        for _ in {event.request_id for event in events}:
+            self._observer.rejected("deadline")
+        self._send(events)
 
     def _schedule(self, now: float) -> StepPlan | None:
         """The next step; for a single request, if that one is to be tried alone and finds room."""

@@ -17,6 +17,7 @@ from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConf
 from cluster.engine import Engine
 from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
+from cluster.observer import Observer, Silence
 from cluster.placement import even_placement
 from model.config import MixtralConfig
 from model.errors import ModelError
@@ -53,7 +54,10 @@ class LetterTokenizer:
 
 @asynccontextmanager
 async def running_engine(
-    group: FakeGroup | None = None, scheduler: SchedulerConfig | None = None, parallel: ParallelConfig | None = None
+    group: FakeGroup | None = None,
+    scheduler: SchedulerConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    observer: Observer | None = None,
 ) -> AsyncIterator[Engine]:
     group = group or FakeGroup(64, 4)
     config = EngineConfig(
@@ -64,7 +68,7 @@ async def running_engine(
     )
     model = MixtralConfig.from_dict(CONFIG, "tiny")
     placement = even_placement(2, 4, config.parallel.ranks, spare_slots=1)
-    engine = Engine(config, model, group, placement, group.start(), 128, LetterTokenizer())  # type: ignore[arg-type]
+    engine = Engine(config, model, group, placement, group.start(), 128, LetterTokenizer(), observer)  # type: ignore[arg-type]
     try:
         yield engine
     finally:
@@ -467,3 +471,36 @@ async def test_ids_that_the_model_does_not_have_never_reach_a_step() -> None:
         with pytest.raises(RequestInvalid, match="token ids are 0 to 383"):
             await engine.encode(EncodeRequest("e", (-1,), "last"))
         assert engine.stats().steps == 0
+
+
+class Refusals(Silence):
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def rejected(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+async def test_whoever_keeps_count_learns_why_requests_were_not_taken_in() -> None:
+    group, told = FakeGroup(64, 4), Refusals()
+    group.tickets = threading.Semaphore(1)
+    limits = SchedulerConfig(max_running=1, max_step_tokens=16, max_waiting=1)
+    async with running_engine(group, limits, observer=told) as engine:
+        with pytest.raises(RequestInvalid):
+            await collect(engine, request(prompt=()))
+        group.prepare_error = ModelError("a regex must close what it opens")
+        with pytest.raises(RequestInvalid):
+            await collect(engine, request(grammar=Grammar("regex", "(")))
+        first = engine.generate(request("first", max_tokens=100))
+        await anext(first)
+        late = asyncio.ensure_future(collect(engine, request("late", n=2, deadline_s=monotonic())))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await collect(engine, request("one too many"))
+        group.tickets.release(300)
+        await late
+        await first.aclose()  # type: ignore[attr-defined]
+        engine.drain()
+        with pytest.raises(EngineDraining):
+            await engine.encode(EncodeRequest("e", (7, 8), "last"))
+    assert told.reasons == ["invalid", "invalid", "queue_full", "deadline", "draining"]
