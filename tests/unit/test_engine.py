@@ -1,101 +1,21 @@
-"""The engine over a fake group: its loop, its answers to everything that goes wrong, its text."""
+"""The engine over a fake group: what it takes in and what it answers."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import monotonic
 
 import pytest
 
-from cluster.answer import Answers
-from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
-from cluster.engine import Engine
-from cluster.errors import EngineDraining, EngineNotReady, QueueFull, RequestInvalid, StepFailed
-from cluster.messages import EncodeRequest, Grammar, Request, SamplingParams, TokenEvent
-from cluster.observer import Observer, Silence
-from cluster.placement import even_placement
-from model.config import MixtralConfig
+from cluster.config import ParallelConfig, SchedulerConfig
+from cluster.errors import EngineDraining, QueueFull, RequestInvalid
+from cluster.messages import EncodeRequest, Grammar
+from cluster.observer import Silence
 from model.errors import ModelError
-from tests.fake_group import FakeGroup, next_token
-from tests.tiny import CONFIG
-
-EOS = 2
-
-
-class LetterTokenizer:
-    """Token n is the nth letter after 'A'."""
-
-    eos_ids = (EOS,)
-
-    def __init__(self) -> None:
-        self.decoded_after: list[tuple[int, ...]] = []
-
-    def incremental(
-        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True, opens_message: bool = False
-    ) -> LetterTokenizer:
-        assert opens_message is not bool(prompt_ids)
-        self.decoded_after.append(tuple(prompt_ids))
-        return self
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.push(ids)
-
-    def push(self, ids: Sequence[int]) -> str:
-        return "".join(chr(ord("A") + i) for i in ids)
-
-    def flush(self) -> str:
-        return ""
-
-
-@asynccontextmanager
-async def running_engine(
-    group: FakeGroup | None = None,
-    scheduler: SchedulerConfig | None = None,
-    parallel: ParallelConfig | None = None,
-    observer: Observer | None = None,
-) -> AsyncIterator[Engine]:
-    group = group or FakeGroup(64, 4)
-    config = EngineConfig(
-        "fake",
-        parallel=parallel or ParallelConfig(),
-        kv=KVConfig(page_size=4),
-        scheduler=scheduler or SchedulerConfig(8, 16, 8),
-    )
-    model = MixtralConfig.from_dict(CONFIG, "tiny")
-    placement = even_placement(2, 4, config.parallel.ranks, spare_slots=1)
-    engine = Engine(config, model, group, placement, group.start(), 128, LetterTokenizer(), observer)  # type: ignore[arg-type]
-    try:
-        yield engine
-    finally:
-        await engine.stop()
-        assert group.stopped
-        assert engine.stats().pages_used == 0
-
-
-def request(request_id: str = "r", prompt: tuple[int, ...] = (5, 6), **fields: object) -> Request:
-    own = {name: fields.pop(name) for name in list(fields) if name in SamplingParams.__slots__}
-    params: dict[str, object] = {"max_tokens": 8, "seed": 0, "ignore_eos": True, **own}
-    return Request(request_id, prompt, SamplingParams(**params), **fields)  # type: ignore[arg-type]
-
-
-async def collect(engine: Engine, wanted: Request) -> list[TokenEvent]:
-    return [event async for event in engine.generate(wanted)]
-
-
-def alone(prompt: tuple[int, ...], count: int, seed: int = 0) -> list[int]:
-    tokens = list(prompt)
-    for index in range(count):
-        tokens.append(next_token(tokens, seed, index))
-    return tokens[len(prompt) :]
-
-
-def text_of(tokens: list[int]) -> str:
-    return LetterTokenizer().push(tokens)
+from tests.fake_group import FakeGroup
+from tests.unit.engine_rig import alone, collect, request, running_engine, settled, text_of
 
 
 async def test_events_carry_tokens_and_text_and_one_reason() -> None:
@@ -144,11 +64,6 @@ async def test_a_stop_string_ends_the_answer_and_the_work() -> None:
         await settled(engine)
 
 
-async def settled(engine: Engine) -> None:
-    """Wait until nothing runs: an abort takes effect at the next step."""
-    await until(lambda: engine.stats().running == engine.stats().waiting == 0)
-
-
 async def test_closing_the_iterator_aborts_the_request() -> None:
     async with running_engine() as engine:
         events = engine.generate(request(max_tokens=120))
@@ -169,16 +84,6 @@ async def test_abort_ends_the_stream() -> None:
         group.tickets.release(9)  # for the steps under way, which the end waits for
         rest = [event async for event in events]
         assert rest[-1].finish_reason == "abort"
-
-
-async def test_what_can_never_run_is_refused_with_both_numbers() -> None:
-    async with running_engine() as engine:
-        with pytest.raises(
-            RequestInvalid, match="2 tokens and 127 more were asked for; together they must be 1 to 128"
-        ):
-            await collect(engine, request(max_tokens=127))
-        with pytest.raises(RequestInvalid):
-            await collect(engine, request(prompt=()))
 
 
 async def test_an_id_in_use_is_refused() -> None:
@@ -209,84 +114,6 @@ async def test_a_full_queue_is_said_before_any_work() -> None:
         await first.aclose()  # type: ignore[attr-defined]
         await waiting
         await second.aclose()  # type: ignore[attr-defined]
-
-
-async def test_a_failed_step_answers_everyone_and_makes_the_engine_unhealthy() -> None:
-    group = FakeGroup(64, 4)
-    group.tickets = threading.Semaphore(1)
-    async with running_engine(group) as engine:
-        events = engine.generate(request(max_tokens=120))
-        await anext(events)
-        group.fail_with = RuntimeError("rank 1 died during a step")
-        group.tickets.release()
-        rest = [event async for event in events]
-        assert rest[-1].finish_reason == "error"
-        assert rest[-1].error == "rank 1 died during a step"
-        assert not engine.healthy
-        with pytest.raises(EngineNotReady, match="rank 1 died"):
-            await collect(engine, request())
-
-
-@pytest.mark.parametrize("seed", range(5))
-async def test_deaths_at_any_step_lose_and_repeat_no_token(seed: int) -> None:
-    chance = random.Random(seed)
-    group = FakeGroup(24, 4)
-    # Rare enough that nobody is in three of them without a token between, which would make it the culprit.
-    group.fail_at = {step for step in range(2, 400, 13) if chance.random() < 0.8}
-    async with running_engine(group, SchedulerConfig(max_running=5, max_step_tokens=16, max_waiting=20)) as engine:
-        wanted = [
-            request(f"r{n}", tuple(range(3, 4 + n)), seed=n, n=1 + n % 2, max_tokens=20, logprobs=0, prompt_logprobs=0)
-            for n in range(10)
-        ]
-        answers = await asyncio.gather(*(collect(engine, one) for one in wanted))
-        assert engine.stats().recoveries == group.epoch > 3
-        assert await engine.encode(EncodeRequest("e", (7, 8, 9), "all")) == [[7.0], [8.0], [9.0]]
-    for one, events in zip(wanted, answers, strict=True):
-        for choice in range(one.n):
-            own = [event for event in events if event.choice == choice]
-            tokens = [t for event in own for t in event.token_ids]
-            assert tokens == alone(one.prompt_ids, 20, one.sampling.seed + choice), f"seed {seed}"  # type: ignore[operator]
-            assert [p.token_id for event in own for p in event.logprobs] == tokens
-            assert [e.finish_reason for e in own if e.finish_reason] == ["length"]
-        assert events[0].prompt_logprobs is not None
-        assert len(events[0].prompt_logprobs) == len(one.prompt_ids)
-
-
-async def test_a_death_between_steps_is_recovered_from_at_once() -> None:
-    group = FakeGroup(64, 4)
-    async with running_engine(group) as engine:
-        await collect(engine, request())
-        engine.rank_lost("rank 0 died", 0)
-        engine.rank_lost("rank 0 died", 0)  # the same death, heard of twice
-        await until(lambda: engine.stats().recoveries == 1 and engine.ready)
-        events = await collect(engine, request())
-        assert [t for event in events for t in event.token_ids] == alone((5, 6), 8)
-        assert engine.stats().recoveries == group.epoch == 1
-
-
-async def test_while_ranks_are_replaced_new_requests_are_told_to_come_back() -> None:
-    group = FakeGroup(64, 4)
-    held = threading.Event()
-    recover = group.recover
-    group.recover = lambda: (held.wait(), recover())[1]  # type: ignore[method-assign]
-    async with running_engine(group) as engine:
-        engine.rank_lost("rank 0 died", 0)
-        await until(lambda: not engine.ready)
-        assert engine.healthy
-        with pytest.raises(EngineNotReady, match="being replaced") as told:
-            await collect(engine, request())
-        assert told.value.retry_after_s > 0
-        held.set()
-        await until(lambda: engine.ready)
-        assert await collect(engine, request())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not come true")
 
 
 async def test_a_draining_engine_finishes_what_runs() -> None:
@@ -345,35 +172,6 @@ async def test_echo_begins_every_choice_with_the_prompt() -> None:
     for choice in (0, 1):
         text = "".join(event.text for event in events if event.choice == choice)
         assert text == text_of([5, 6, *alone((5, 6), 3, choice)])
-
-
-async def test_a_grammar_that_cannot_be_compiled_is_the_caller_s_mistake() -> None:
-    group = FakeGroup(64, 4)
-    group.prepare_error = ModelError("a regex must close what it opens")
-    async with running_engine(group) as engine:
-        with pytest.raises(RequestInvalid, match="must close what it opens"):
-            await collect(engine, request(grammar=Grammar("regex", "(")))
-        with pytest.raises(RequestInvalid, match="must close what it opens"):
-            await engine.prepare(Grammar("regex", "("), opens_text=True)
-        assert engine.stats().steps == 0
-        group.prepare_error = StepFailed("rank 0 died")
-        with pytest.raises(EngineNotReady, match="rank 0 died"):
-            await engine.prepare(Grammar("regex", "a"), opens_text=True)
-
-
-async def test_a_sequence_that_fails_fails_alone() -> None:
-    group = FakeGroup(64, 4)
-    group.tickets = threading.Semaphore(0)
-    async with running_engine(group) as engine:
-        bad, good = (asyncio.ensure_future(collect(engine, request(f"r{n}", max_tokens=4))) for n in range(2))
-        await asyncio.sleep(0.01)
-        group.fail_sequence = "its grammar has no answer"
-        group.tickets.release()
-        assert [(e.finish_reason, e.error) for e in await bad] == [("error", "its grammar has no answer")]
-        group.fail_sequence = None
-        group.tickets.release(50)
-        assert [t for event in await good for t in event.token_ids] == alone((5, 6), 4)
-        assert engine.healthy
 
 
 async def test_encoding() -> None:
@@ -442,35 +240,6 @@ async def test_the_load_of_experts_is_asked_for_and_kept() -> None:
     assert status.load[0] == (0.5, 0.1, 0.0, 0.4)
     assert status.ranks == (((0,),) * 4,) * 2
     assert [plan.report_load for plan in group.plans][:2] == [True, False], "not at every step"
-
-
-async def test_text_that_cannot_be_made_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with running_engine() as engine:
-        show = Answers.show
-
-        def fails_for_one(answers: Answers, event: TokenEvent) -> TokenEvent | None:
-            if event.request_id.startswith("bad"):
-                raise ValueError("no such text")
-            return show(answers, event)
-
-        monkeypatch.setattr(Answers, "show", fails_for_one)
-        bad, good = await asyncio.gather(
-            collect(engine, request("bad", max_tokens=100)), collect(engine, request("good")), return_exceptions=True
-        )
-        assert isinstance(bad, ValueError)
-        assert not isinstance(good, BaseException)
-        assert [t for event in good for t in event.token_ids] == alone((5, 6), 8)
-        await settled(engine)
-        assert engine.healthy
-
-
-async def test_ids_that_the_model_does_not_have_never_reach_a_step() -> None:
-    async with running_engine() as engine:
-        with pytest.raises(RequestInvalid, match="token ids are 0 to 383"):
-            await collect(engine, request(prompt=(5, 384)))
-        with pytest.raises(RequestInvalid, match="token ids are 0 to 383"):
-            await engine.encode(EncodeRequest("e", (-1,), "last"))
-        assert engine.stats().steps == 0
 
 
 class Refusals(Silence):
