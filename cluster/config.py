@@ -10,6 +10,7 @@ from typing import Literal
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "int4", "nf4", "fp8"]
 ExchangeChoice = Literal["auto", "all_to_all", "all_reduce"]
 
 
@@ -54,7 +55,8 @@ class SchedulerConfig:
 class EngineConfig:
     model_path: str
     device: Device = "cpu"
-    dtype: Dtype = "float32"
+    dtype: Dtype = "float32"  # of activations, and of weights that are not quantised
+    quantization: Quantization = "none"
     max_model_len: int | None = None  # None: the checkpoint's own, capped by what the pages hold
     parallel: ParallelConfig = ParallelConfig()
     kv: KVConfig = KVConfig()

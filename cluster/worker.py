@@ -60,6 +60,7 @@ class Worker:
         self._placement = placement
         self._device = torch.device(config.device)
         self._dtype = DTYPES[config.dtype]
+        self._quantization = None if config.quantization == "none" else config.quantization
         self._stages = Stages()
         self._kv: KVCache | None = None
         self._fetched: HeldExperts | None = None
@@ -71,16 +72,14 @@ class Worker:
         began = monotonic()
         directory = self._directory = Path(self._config.model_path)
         self._model_config = load_config(directory)
-        read = 0
-
-        def count(done: int, total: int) -> None:
-            nonlocal read
-            read = done
-            if progress is not None:
-                progress(done, total)
-
         weights = load_weights(
-            directory, self._model_config, self._shard, dtype=self._dtype, device=self._device, progress=count
+            directory,
+            self._model_config,
+            self._shard,
+            dtype=self._dtype,
+            device=self._device,
+            quantization=self._quantization,
+            progress=progress,
         )
         self._held = hold(self._model_config, self.rank, self._placement, weights)
         self._tokenizer = load_tokenizer(directory)
@@ -92,7 +91,7 @@ class Worker:
             pid=os.getpid(),
             node=socket.gethostname(),
             device=str(self._device),
-            weight_bytes=read,
+            weight_bytes=weights.nbytes,
             load_seconds=monotonic() - began,
             bytes_per_page=page,
             free_bytes=self._free_bytes(),
@@ -140,7 +139,13 @@ class Worker:
 
     def _read(self, experts: Sequence[Place]) -> dict[Place, ExpertWeights]:
         return load_experts(
-            self._directory, self._model_config, self._shard, experts, dtype=self._dtype, device=self._device
+            self._directory,
+            self._model_config,
+            self._shard,
+            experts,
+            dtype=self._dtype,
+            device=self._device,
+            quantization=self._quantization,
         )
 
     def prepare(self, grammar: Grammar) -> CompiledGrammar:

@@ -16,11 +16,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.config import Device, Dtype, EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
+from cluster.config import Device, Dtype, EngineConfig, KVConfig, ParallelConfig, Quantization, SchedulerConfig
 from deployments.layout import Machine, check_model, check_room
 from deployments.settings import Settings, SettingsError
 from model.config import Architecture, MixtralConfig, load_config
 from model.errors import ModelError
+from model.quantized_slices import loading_mode
+from model.shard import Shard
 
 DEMO = "demo"
 DEMO_NAME = "mixtral-demo"
@@ -70,6 +72,7 @@ def resolve(settings: Settings, machine: Machine) -> Resolved:
     reasons: dict[str, str] = {}
     device = _device(settings, machine, reasons)
     dtype = _dtype(settings, checkpoint, device, reasons)
+    quantization = _quantization(settings, checkpoint, reasons)
     cpus_per_rank, threads = _cpus(settings, machine, device, reasons)
     _check_length(settings, checkpoint)
     ranks = settings.parallel.tensor * settings.parallel.data
@@ -79,6 +82,7 @@ def resolve(settings: Settings, machine: Machine) -> Resolved:
             "served_model_name": _names(settings, directory),
             "device": device,
             "dtype": dtype,
+            "quantization": quantization,
             "task": _task(settings, checkpoint, reasons),
             "parallel": settings.parallel.model_copy(
                 update={"expert": settings.parallel.expert or ranks, "cpus_per_rank": cpus_per_rank}
@@ -98,6 +102,7 @@ def _engine_config(
         model_path=settings.model,
         device=device,
         dtype=dtype,
+        quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         parallel=ParallelConfig(
             tensor=parallel.tensor,
@@ -186,6 +191,22 @@ def _dtype(settings: Settings, checkpoint: MixtralConfig, device: Device, reason
         return "bfloat16"
     reasons["dtype"] = "auto: the checkpoint's"
     return checkpoint.dtype
+
+
+def _quantization(settings: Settings, checkpoint: MixtralConfig, reasons: dict[str, str]) -> Quantization:
+    """What weights are in: what they were saved in, or what they become as they are read."""
+    parallel = settings.parallel
+    ranks = parallel.tensor * parallel.data
+    shard = Shard(tensor_size=parallel.tensor, expert_slices=ranks // (parallel.expert or ranks))
+    wanted = None if settings.quantization == "none" else settings.quantization
+    try:
+        loading_mode(checkpoint, shard, wanted)
+    except ModelError as error:
+        raise SettingsError(f"quantization: {error}.") from None
+    if checkpoint.quantization is not None:
+        reasons["quantization"] = "the checkpoint's"
+        return checkpoint.quantization.mode
+    return settings.quantization
 
 
 def _cpus(settings: Settings, machine: Machine, device: Device, reasons: dict[str, str]) -> tuple[float, int]:

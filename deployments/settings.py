@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.config import ExchangeChoice
+from cluster.config import ExchangeChoice, Quantization
 from deployments.validation import describe, field_names, unknown
 
 ENVIRONMENT_PREFIX = "MIXTRAL_"
@@ -79,7 +79,7 @@ class Settings(Section):
     served_model_name: str | list[str] | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    quantization: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
+    quantization: Quantization = "none"
     task: Literal["auto", "generate", "embed", "classify", "token_classify", "question_answering"] = "auto"
     parallel: Parallel = Parallel()
     max_model_len: int | None = Field(default=None, ge=1, le=1 << 24)
@@ -154,7 +154,6 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 def _refuse_what_is_not_there_yet(settings: Settings) -> None:
     """Fields of the configuration that have one possible value in this version."""
     only: list[tuple[str, object, tuple[object, ...]]] = [
-        ("quantization", settings.quantization, ("none",)),
         ("parallel.standby", settings.parallel.standby, (0,)),
     ]
     for path, value, possible in only:

@@ -28,6 +28,10 @@ class Linear(Protocol):
     def out_features(self) -> int: ...
 
     @property
+    def nbytes(self) -> int:
+        """Of memory that it keeps."""
+
+    @property
     def weight_OI(self) -> Tensor:
         """The plain weight; a copy where it is kept otherwise."""
 
@@ -39,10 +43,11 @@ def make_linear(weight_OI: Tensor) -> Linear:
 
 
 class PlainLinear:
-    __slots__ = ("in_features", "out_features", "weight_OI")
+    __slots__ = ("in_features", "nbytes", "out_features", "weight_OI")
 
     def __init__(self, weight_OI: Tensor) -> None:
         self.out_features, self.in_features = weight_OI.shape
+        self.nbytes = weight_OI.nbytes
         self.weight_OI = weight_OI
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -56,10 +61,11 @@ class PackedLinear:
     processor lacks) means the plain layout.
     """
 
-    __slots__ = ("_packed", "in_features", "out_features")
+    __slots__ = ("_packed", "in_features", "nbytes", "out_features")
 
     def __init__(self, weight_OI: Tensor) -> None:
         self.out_features, self.in_features = weight_OI.shape
+        self.nbytes = weight_OI.nbytes
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
 
     def __call__(self, x_TI: Tensor) -> Tensor:

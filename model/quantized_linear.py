@@ -50,7 +50,7 @@ class QuantizedLinear:
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         self.weight = weight
-        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.in_features, self.out_features, self.nbytes = weight.in_features, weight.out_features, weight.nbytes
         self._dtype = dtype
         piece = CPU_PIECE if weight.packed_OP.device.type == "cpu" else PIECE
         self._height = max(1, piece // weight.in_features)
@@ -98,6 +98,7 @@ class Int4Linear:
         scale_GO = weight.scale_OG.T.bfloat16()
         # The kernel adds a zero point to each weight; ours have none.
         self._scale_and_zero_GO2 = torch.stack((scale_GO, torch.zeros_like(scale_GO)), dim=-1)
+        self.nbytes = self._packed.nbytes + self._scale_and_zero_GO2.nbytes
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         y_TO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -116,7 +117,7 @@ class Fp8Linear:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.weight = weight
-        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.in_features, self.out_features, self.nbytes = weight.in_features, weight.out_features, weight.nbytes
         self._scale_1O = weight.scale_OG.float().T.contiguous()
 
     def __call__(self, x_TI: Tensor) -> Tensor:

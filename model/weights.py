@@ -37,3 +37,12 @@ class MixtralWeights:
     norm_D: Tensor
     head: Linear | None  # (V, D) of a language model; (labels, D) of a classifier, whole on every rank
     head_bias: Tensor | None = None  # of a classifier
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory that they keep."""
+        kept: list[Tensor | Linear | None] = [self.embedding_VD, self.norm_D, self.head, self.head_bias]
+        for block in self.blocks:
+            kept += [block.attention_norm_D, block.qkv, block.output, block.moe_norm_D, block.router_ED]
+            kept += [linear for expert in block.experts for linear in (expert.gate_up, expert.down)]
+        return sum(each.nbytes for each in kept if each is not None)

@@ -68,7 +68,6 @@ def test_an_override_can_say_null() -> None:
         ({"served_model_name": [1]}, r"served_model_name"),
         ({1: 2}, r"\[1\]: Keys should be strings"),
         ({"autoscaling": {"min_replicas": 3}}, "min_replicas 3 is above max_replicas 1"),
-        ({"quantization": "int8"}, "quantization: int8 is not possible in this version; use none"),
         ({"parallel": {"standby": 1}}, "parallel.standby: 1 is not possible in this version; use 0"),
     ],
 )
