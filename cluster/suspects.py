@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Set
 TRIED_ALONE_AFTER = 2  # crashes
 CULPRIT_AFTER = 3
 
-CULPRIT = "the ranks crashed whenever they computed this request, three times, the last time it was alone"
+# What its caller is told; HTTP knows the error by these words.
+CULPRIT = "The ranks crashed three times on this request, the last time with nothing beside it; it is not tried again."
 
 
 class Suspects:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from cluster.errors import EngineError
 from cluster.messages import Request, TokenEvent
 from deployments.admission import Pace
-from deployments.errors import ApiError, from_engine
+from deployments.errors import ApiError, from_engine, not_finished
 from deployments.serving import Service
 
 # (which choice of the HTTP answer, what came), or None where nothing came for a while
@@ -111,7 +111,7 @@ class _Watch:
             self._begun.discard(index)
         if event.finish_reason == "error":
             self._check_deadline()  # the engine keeps it as well, and does not start what comes too late
-            raise ApiError(500, event.error or "The engine could not finish the answer.", code="engine_error")
+            raise not_finished(event.error)
         if event.finish_reason == "abort":
             raise ApiError(503, "The server ended the answer before it was finished.", code="aborted", retry_after_s=1)
 

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from cluster.errors import EngineError, QueueFull, RequestInvalid, RequestRejected
+from cluster.suspects import CULPRIT
 
 _TYPES = {
     401: "authentication_error",
@@ -76,4 +77,10 @@ def from_engine(error: EngineError, retry_after_s: Callable[[], float]) -> ApiEr
         case RequestInvalid():
             return invalid(str(error))
         case _:
-            return ApiError(500, str(error), code="engine_error")
+            return not_finished(str(error))
+
+
+def not_finished(reason: str | None) -> ApiError:
+    """The engine gave an answer up."""
+    code = "request_crashes_ranks" if reason == CULPRIT else "engine_error"
+    return ApiError(500, reason or "The engine could not finish the answer.", code=code)

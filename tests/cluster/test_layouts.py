@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from cluster.config import EngineConfig, ParallelConfig
 from cluster.engine import Engine
 from cluster.launch import launch, launch_in_process
 from cluster.messages import Request, SamplingParams
-from tests.tiny import write_checkpoint
+from model.errors import CheckpointError
+from tests.tiny import CONFIG, weights, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -43,3 +46,14 @@ async def test_every_layout_answers_like_one_process(tmp_path: Path) -> None:
             assert len(engine.ranks()) == parallel.ranks
         finally:
             await engine.stop()
+
+
+async def test_a_rank_that_cannot_load_names_file_and_tensor(tmp_path: Path) -> None:
+    """Its sentence is what the replica fails with."""
+    broken = write_checkpoint(tmp_path / "broken")
+    tensors = weights(CONFIG)
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    tensors[name] = tensors[name][:, 1:].contiguous()
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {re.escape(name)} "):
+        await launch(EngineConfig(str(broken), parallel=ParallelConfig(data=2, cpus_per_rank=0.5)))

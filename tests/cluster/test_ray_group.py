@@ -83,14 +83,11 @@ async def streams(engine: Engine, progress: dict[str, int]) -> list[str]:
     )
 
 
-@pytest.mark.parametrize(("tensor", "victims"), [(2, [0]), (2, [1]), (2, [0, 1]), (1, [0])])
-async def test_when_ranks_are_killed_no_stream_loses_or_repeats_a_token(
-    checkpoint: Path, tensor: int, victims: list[int]
-) -> None:
+async def test_when_the_only_rank_is_killed_twice_no_stream_loses_or_repeats_a_token(checkpoint: Path) -> None:
     alone = await launch_in_process(config(checkpoint, 1))
     expected = await streams(alone, {})
     await alone.stop()
-    engine = await launch(config(checkpoint, tensor))
+    engine = await launch(config(checkpoint, 1))
     try:
         before = engine.ranks()
         for kill in range(2):  # the second time in the group that the first recovery made
@@ -98,27 +95,23 @@ async def test_when_ranks_are_killed_no_stream_loses_or_repeats_a_token(
             running = asyncio.ensure_future(streams(engine, progress))
             await _until(lambda progress=progress: progress and min(progress.values()) >= 5)
             began = monotonic()
-            for victim in victims:
-                os.kill(engine.ranks()[victim].pid, signal.SIGKILL)
+            os.kill(engine.ranks()[0].pid, signal.SIGKILL)
             await _until(lambda kill=kill: engine.stats().recoveries > kill and engine.ready, seconds=60)
-            print(f"tensor {tensor}, killed {victims}: serving again after {monotonic() - began:.2f} s")
+            print(f"serving again after {monotonic() - began:.2f} s")
             assert await running == expected
         after = engine.ranks()
         assert {rank.state for rank in after} == {"ready"}
-        survivors = [n for n in range(tensor) if n not in victims]
-        assert all(before[n].pid == after[n].pid for n in survivors), "survivors keep their process and their weights"
         assert engine.stats().pages_used == 0
     finally:
         await engine.stop()
     await _gone([rank.pid for rank in (*before, *after)])
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-async def test_a_frozen_rank_is_found_and_replaced_alone_or_in_company(checkpoint: Path, tensor: int) -> None:
+async def test_the_only_rank_is_found_and_replaced_when_it_freezes(checkpoint: Path) -> None:
     failures: list[str] = []
     observer = Silence()
     observer.rank_failed = failures.append  # type: ignore[method-assign]
-    engine = await launch(config(checkpoint, tensor), observer=observer)
+    engine = await launch(config(checkpoint, 1), observer=observer)
     try:
         progress: dict[str, int] = {}
         running = asyncio.ensure_future(streams(engine, progress))
@@ -127,9 +120,9 @@ async def test_a_frozen_rank_is_found_and_replaced_alone_or_in_company(checkpoin
         frozen = engine.ranks()[-1].pid
         os.kill(frozen, signal.SIGSTOP)
         await _until(lambda: failures == ["frozen"], seconds=60)
-        print(f"tensor {tensor}: found after {monotonic() - began:.2f} s")
+        print(f"found after {monotonic() - began:.2f} s")
         await _until(lambda: engine.stats().recoveries == 1 and engine.ready, seconds=60)
-        print(f"tensor {tensor}: serving again after {monotonic() - began:.2f} s")
+        print(f"serving again after {monotonic() - began:.2f} s")
         assert len(set(await running)) > len(PROMPTS)
     finally:
         await engine.stop()

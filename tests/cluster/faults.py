@@ -1,0 +1,77 @@
+"""What a test does inside a rank's process. The first argument is the rank's actor; Ray carries the functions there."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def fail_next_step(actor: Any, make_error: Callable[[], BaseException]) -> None:
+    """The rank raises where the others expect it to compute."""
+    step = actor._worker.step
+
+    def fail_once(plan: Any) -> Any:
+        actor._worker.step = step
+        raise make_error()
+
+    actor._worker.step = fail_once
+
+
+def fail_for_token(actor: Any, token_id: int) -> None:
+    """From now on, every step that computes this token."""
+    step = actor._worker.step
+
+    def fail_sometimes(plan: Any) -> Any:
+        if any(token_id in chunk.token_ids for chunk in plan.chunks):
+            raise RuntimeError("this token cannot be computed")
+        return step(plan)
+
+    actor._worker.step = fail_sometimes
+
+
+def break_connection(actor: Any) -> None:
+    """What the ranks see when the transport between them is reset."""
+    actor._membership.abort()
+
+
+def hold_interpreter(actor: Any, seconds: float) -> None:
+    """The next step keeps the interpreter to itself for so long: not even the heartbeat is answered."""
+    import ctypes
+
+    step = actor._worker.step
+
+    def hold_once(plan: Any) -> Any:
+        actor._worker.step = step
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6) // 2)  # PyDLL: the interpreter is not given away
+        return step(plan)
+
+    actor._worker.step = hold_once
+
+
+def compute_for(actor: Any, seconds: float) -> None:
+    """The next step takes so long, and the machine is busy with it."""
+    from time import monotonic
+
+    import torch
+
+    step = actor._worker.step
+
+    def compute_once(plan: Any) -> Any:
+        actor._worker.step = step
+        until, x = monotonic() + seconds, torch.ones(1500, 1500)
+        while monotonic() < until:
+            x @ x
+        return step(plan)
+
+    actor._worker.step = compute_once
+
+
+def open_files(actor: Any) -> list[str]:
+    gc.collect()
+    descriptors = Path("/proc/self/fd")
+    return sorted(
+        os.readlink(descriptors / name) for name in os.listdir(descriptors) if (descriptors / name).is_symlink()
+    )

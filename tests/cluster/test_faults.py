@@ -1,0 +1,179 @@
+"""Each kind of fault over HTTP on real actors: no client sees an error, no token is lost, repeated or changed.
+
+The same sixteen streams run once undisturbed; then again and again while something goes wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from time import monotonic
+
+import httpx
+import pytest
+from ray import cloudpickle
+
+from tests.cluster import faults
+from tests.cluster.served import Served, served
+from tests.cluster.traffic import Answer, Run, bodies
+
+cloudpickle.register_pickle_by_value(faults)  # a rank's process does not know the tests
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None) -> Iterator[Served]:
+    with served(parallel={"tensor": 2}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Served) -> list[Answer]:
+    async def run() -> list[Answer]:
+        return await Run(server.url, bodies()).done()
+
+    answers = asyncio.run(run())
+    assert len(answers) == 16
+    assert all(len(tokens) == 48 for answer in answers[:12] for tokens in answer.tokens.values())
+    return answers
+
+
+class Trial:
+    """One run of the streams with a fault in the middle."""
+
+    def __init__(self, server: Served, name: str) -> None:
+        self.server = server
+        self.name = name
+        self.before = server.engine.stats().recoveries
+        self.pids = server.pids
+        self.failures, self.pauses = len(server.notes.failures), len(server.notes.pauses)
+        self.run = Run(server.url, bodies())
+
+    async def ends(self, undisturbed: list[Answer], *causes: str) -> None:
+        """The streams are what they were without the fault, and it was taken for what it is."""
+        assert await self.run.done() == undisturbed
+        await asyncio.to_thread(self.server.settled, self.before + 1)
+        notes = self.server.notes
+        print(f"{self.name}: pause {sum(notes.pauses[self.pauses :]):.2f} s")
+        assert [cause for _, cause in notes.failures[self.failures :]] == list(causes)
+        health = httpx.get(f"{self.server.url}/health").json()
+        assert health["status"] == "healthy"
+        assert {rank["state"] for rank in health["ranks"]} == {"ready"}
+        assert self.server.engine.stats().pages_used == 0
+
+
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]], ids=["the first", "the last", "both"])
+async def test_ranks_are_killed(server: Served, undisturbed: list[Answer], victims: list[int]) -> None:
+    trial = Trial(server, f"killed {victims}")
+    await trial.run.under_way()
+    for victim in victims:
+        os.kill(trial.pids[victim], signal.SIGKILL)
+    await trial.ends(undisturbed, "died")
+    kept = [n for n in (0, 1) if server.pids[n] == trial.pids[n]]
+    assert kept == [n for n in (0, 1) if n not in victims], "survivors keep their process and their weights"
+
+
+async def test_a_rank_is_killed_while_long_prompts_are_computed(server: Served) -> None:
+    wanted = [
+        ("/v1/completions", body | {"prompt": body["prompt"] + " the quick brown fox" * 150, "max_tokens": 8})
+        for _, body in bodies()[:4]
+    ]
+    expected = await Run(server.url, wanted).done()
+    salted = [(path, body | {"cache_salt": "another run"}) for path, body in wanted]  # the first run's pages are no use
+    before = server.engine.stats().recoveries
+    run = Run(server.url, salted)
+    while not server.engine.stats().running:
+        await asyncio.sleep(0.001)
+    os.kill(server.pids[1], signal.SIGKILL)
+    assert await run.done() == expected
+    assert server.engine.stats().recoveries == before + 1
+
+
+async def test_a_rank_dies_again_while_it_is_loaded_and_again_once_it_is_there(
+    server: Served, undisturbed: list[Answer]
+) -> None:
+    trial = Trial(server, "killed in service, while loading, and again")
+    await trial.run.under_way()
+    os.kill(trial.pids[1], signal.SIGKILL)
+    loading = await _until_loading(server, 1, trial.pids[1])
+    os.kill(loading, signal.SIGKILL)
+    await asyncio.to_thread(server.settled, trial.before + 2)
+    os.kill(server.pids[1], signal.SIGKILL)
+    await trial.ends(undisturbed, "died", "died")
+
+
+async def _until_loading(server: Served, number: int, before: int) -> int:
+    """The process that is being loaded in the place of another."""
+    while True:
+        rank = server.engine.ranks()[number]
+        if rank.pid not in (0, before):
+            return rank.pid
+        await asyncio.sleep(0.001)
+
+
+async def test_data_groups_that_are_whole_keep_their_pages(undisturbed: list[Answer]) -> None:
+    with served(parallel={"data": 2}) as server:
+        trial = Trial(server, "killed one of two data groups")
+        await trial.run.under_way()
+        computed = server.engine.stats().prompt_tokens
+        os.kill(trial.pids[1], signal.SIGKILL)
+        await trial.ends(undisturbed, "died")
+        again = server.engine.stats().prompt_tokens - computed
+        prompts = sum(answer.usage["prompt_tokens"] for answer in undisturbed)
+        assert 0 < again < prompts, f"{again} of {prompts} prompt tokens were computed again"
+
+
+async def test_a_rank_is_stopped(server: Served, undisturbed: list[Answer]) -> None:
+    trial = Trial(server, "stopped")
+    await trial.run.under_way()
+    stopped = monotonic()
+    os.kill(trial.pids[1], signal.SIGSTOP)
+    await trial.ends(undisturbed, "frozen")
+    print(f"stopped: found after {server.notes.failures[-1][0] - stopped:.2f} s")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+async def test_a_rank_raises_in_a_step(server: Served, undisturbed: list[Answer], error: type[Exception]) -> None:
+    trial = Trial(server, error.__name__)
+    await trial.run.under_way()
+    await asyncio.to_thread(server.inside, 1, faults.fail_next_step, error)
+    await trial.ends(undisturbed, "step_failed")
+    assert server.pids == trial.pids, "nobody died"
+
+
+async def test_the_connection_between_ranks_breaks(server: Served, undisturbed: list[Answer]) -> None:
+    trial = Trial(server, "connection")
+    await trial.run.under_way()
+    await asyncio.to_thread(server.inside, 0, faults.break_connection)
+    await trial.ends(undisturbed, "step_failed")
+    assert server.pids == trial.pids
+
+
+@pytest.mark.parametrize("step", [faults.compute_for, faults.hold_interpreter])
+async def test_a_long_step_kills_nobody(server: Served, undisturbed: list[Answer], step: object) -> None:
+    before = server.engine.stats().recoveries
+    pids = server.pids
+    run = Run(server.url, bodies())
+    await run.under_way()
+    await asyncio.to_thread(server.inside, 1, step, 3.0)
+    assert await run.done() == undisturbed
+    assert server.engine.stats().recoveries == before
+    assert server.pids == pids
+
+
+async def test_a_request_that_kills_its_ranks_fails_alone(server: Served, undisturbed: list[Answer]) -> None:
+    poison = 1399
+    await asyncio.to_thread(server.inside, 1, faults.fail_for_token, poison)
+    before = server.engine.stats().recoveries
+    run = Run(server.url, bodies()[:15])
+    await run.under_way()
+    body = {"model": "mixtral-demo", "prompt": [5, 6, poison, 7], "max_tokens": 4}
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+        answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "request_crashes_ranks"
+    assert await run.done() == undisturbed[:15]
+    assert server.engine.stats().recoveries == before + 3
