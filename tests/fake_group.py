@@ -46,6 +46,7 @@ class FakeGroup:
         self._page_size = page_size
         self._window = window
         self._groups = range(groups)
+        self.lost: Collection[int] = self._groups  # groups that lose their pages in a recovery
         self._slots: dict[tuple[int, int], tuple[int, int]] = {}  # group and slot -> position and token
         self._states: dict[int, _State] = {}
         self.plans: list[StepPlan] = []
@@ -92,12 +93,13 @@ class FakeGroup:
             self._store(chunk)
         return self._result(plan)
 
-    def recover(self, kept: Collection[int] = ()) -> frozenset[int]:
-        """Everything is forgotten, but for the pages of the groups that are kept."""
+    def recover(self) -> frozenset[int]:
+        """Everything is forgotten, but for the pages of the groups that lose no rank."""
+        kept = set(self._groups) - set(self.lost)
         self.epoch += 1
         self.plans, self._states = [], {}
         self._slots = {place: held for place, held in self._slots.items() if place[0] in kept}
-        return frozenset(self._groups) - frozenset(kept)
+        return frozenset(self.lost)
 
     def prepare(self, grammar: Grammar) -> None:
         if self.prepare_error is not None:

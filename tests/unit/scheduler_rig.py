@@ -73,7 +73,8 @@ class Rig:
         for plan in list(self.under_way)[:steps_done]:
             self.group.step(plan).result()
         self.under_way.clear()
-        self.group.recover(kept=set(range(len(self.pools))) - set(lost))
+        self.group.lost = lost
+        self.group.recover()
         self.scheduler.start_over(lost)
         self.scheduler.check_integrity()
 

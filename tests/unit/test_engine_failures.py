@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from cluster.answer import Answers
-from cluster.config import SchedulerConfig
+from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.errors import EngineNotReady, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar, TokenEvent
 from model.errors import ModelError
@@ -66,6 +66,22 @@ async def test_deaths_at_any_step_lose_and_repeat_no_token(seed: int) -> None:
             assert [e.finish_reason for e in own if e.finish_reason] == ["length"]
         assert events[0].prompt_logprobs is not None
         assert len(events[0].prompt_logprobs) == len(one.prompt_ids)
+
+
+async def test_groups_that_lose_no_rank_go_on_where_they_were() -> None:
+    wanted = [request(f"r{n}", tuple(range(3 + n, 23 + n)), seed=n, max_tokens=12) for n in range(8)]
+    computed: dict[tuple[int, ...], int] = {}
+    for lost in ((0, 1), (1,), ()):
+        group = FakeGroup(64, 4, groups=2)
+        group.lost = lost
+        group.fail_at = {7}
+        async with running_engine(group, SchedulerConfig(8, 64, 8), ParallelConfig(data=2)) as engine:
+            answers = await asyncio.gather(*(collect(engine, one) for one in wanted))
+            assert engine.stats().recoveries == 1
+        for n, events in enumerate(answers):
+            assert [t for event in events for t in event.token_ids] == alone(wanted[n].prompt_ids, 12, n)
+        computed[lost] = group.computed
+    assert computed[()] < computed[1,] < computed[0, 1]
 
 
 async def test_a_death_between_steps_is_recovered_from_at_once() -> None:
