@@ -32,11 +32,12 @@ class RankActor:
         self._aborted = False
         self._store: Store | None = None
         self._membership: Membership | None = None
+        self._read = (0, 1)
 
     def load(self, rank: int, placement: Placement) -> WorkerFacts:
         self._rank = rank
         self._worker = Worker(rank, self._config, placement)
-        return self._worker.load()
+        return self._worker.load(self._count)
 
     def open_store(self, own_address: str, size: int, epoch: int, transport: Transport) -> Rendezvous:
         """Rank 0 only: a meeting point for the group."""
@@ -63,6 +64,11 @@ class RankActor:
     def beat(self) -> None:
         """Who answers is not frozen."""
 
+    def progress(self) -> float:
+        """The share of this rank's bytes that has been read."""
+        done, total = self._read
+        return done / total
+
     def abort(self) -> None:
         """Call the worker out of its collectives, which nothing else can; returns when it has come."""
         self._aborted = True
@@ -85,6 +91,9 @@ class RankActor:
 
     def prepare(self, grammar: Grammar) -> None:
         self._worker.prepare(grammar)
+
+    def _count(self, done: int, total: int) -> None:
+        self._read = done, total
 
     def watch(self) -> None:
         """Never returns. That it fails says that the process has died."""

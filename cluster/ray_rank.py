@@ -3,7 +3,7 @@
 Beside the thread that works an actor has threads that never wait for it:
 
     heartbeat  1   "are you there?", and nothing else, so that nothing can be in its way
-    control    4   watch (never returns), abort, stacks
+    control    4   watch (never returns), progress, abort, stacks
     beside     4   grammars compiled, experts fetched
 """
 

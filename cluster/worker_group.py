@@ -6,9 +6,10 @@ actor's is in cluster/ray_rank.py. Only these two files of cluster/ import ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic
 from typing import Any, Literal, Protocol
 
@@ -34,6 +35,8 @@ ABORT_TIMEOUT_S = 5.0  # a rank that cannot leave a collective in this time is r
 FORM_TIMEOUT_S = 120.0
 DEATHS_WITHIN_S = 0.3  # a failed step is heard of before the death that caused it
 ROOM_NEWS_S = 30.0  # how often is said that a rank waits for room in the cluster
+LOADING_NEWS_S = 5.0  # and how far a rank has loaded
+PROGRESS_WITHIN_S = 2.0
 
 
 class PendingStep(Protocol):
@@ -154,9 +157,24 @@ class RayGroup:
         self._wait_for_room(loading)
         for rank, place in zip(loading, results([rank.placing for rank in loading]), strict=True):
             rank.located(place)
+        self._follow(loading)
         for rank, facts in zip(loading, results([rank.loading for rank in loading]), strict=True):
             rank.facts = facts
-            log.info("%s: %.2f GB in %.1f s", rank, facts.weight_bytes / 1e9, facts.load_seconds)
+            read, seconds = facts.weight_bytes / 1e9, facts.load_seconds
+            log.info("%s: %.2f GB in %.1f s, %.2f GB/s", rank, read, seconds, read / seconds)
+
+    def _follow(self, ranks: Sequence[Rank]) -> None:
+        """Say now and then how far each has read, until all have or one cannot."""
+        calls = [rank.loading for rank in ranks]
+        done: list[Any] = []
+        while len(done) < len(calls) and not any(map(failed, done)):
+            before, done = len(done), ended(calls, LOADING_NEWS_S, at_least=len(done) + 1)
+            if len(done) > before:
+                continue
+            with contextlib.suppress(StepFailed):  # whoever has died is heard of from its call
+                reading = [rank for rank in ranks if rank.loading not in done]
+                shares = results([rank.ask("control", "progress") for rank in reading], PROGRESS_WITHIN_S)
+                log.info("loading: %s", ", ".join(f"{rank} {s:.0%}" for rank, s in zip(reading, shares, strict=True)))
 
     def _wait_for_room(self, ranks: Collection[Rank]) -> None:
         """Until every actor's process is up. Where the cluster has no room, for as long as that takes."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
+from cluster import worker_group
 from cluster.config import EngineConfig, ParallelConfig
 from cluster.engine import Engine
 from cluster.launch import launch, launch_in_process
@@ -30,7 +32,11 @@ async def answers(engine: Engine) -> list[str]:
     return await asyncio.gather(*(answer(number) for number in range(6)))
 
 
-async def test_every_layout_answers_like_one_process(tmp_path: Path) -> None:
+async def test_every_layout_answers_like_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_group, "LOADING_NEWS_S", 0.0)
+    caplog.set_level(logging.INFO)
     checkpoint = str(write_checkpoint(tmp_path / "tiny"))
     alone = await launch_in_process(EngineConfig(checkpoint))
     expected = await answers(alone)
@@ -46,6 +52,8 @@ async def test_every_layout_answers_like_one_process(tmp_path: Path) -> None:
             assert len(engine.ranks()) == parallel.ranks
         finally:
             await engine.stop()
+    assert re.search(r"loading: rank \d \(pid \d+ on .*\) \d+%", caplog.text)
+    assert caplog.text.count("GB/s") == 2 + 4
 
 
 async def test_a_rank_that_cannot_load_names_file_and_tensor(tmp_path: Path) -> None:
