@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from collections.abc import Sequence as Many
 
 from cluster.config import SchedulerConfig
 from cluster.kv_pool import PagePool
-from cluster.messages import EncodeEvent, Request, SamplingParams, StepPlan, TokenEvent
+from cluster.messages import EncodeEvent, EncodeRequest, Pooling, Request, SamplingParams, StepPlan, TokenEvent
 from cluster.scheduler import Scheduler
 from tests.fake_group import FakeGroup, next_token
 
@@ -31,6 +32,7 @@ class Rig:
         self.scheduler = Scheduler(SchedulerConfig(max_running, budget, 1024), self.pools, (EOS,), window)
         self.group = FakeGroup(num_pages, page_size, window, groups)
         self.now = 0.0
+        self.owners: list[str] = []  # of the sequences, by number
         self.under_way: deque[StepPlan] = deque()
         self.answers: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
@@ -39,19 +41,25 @@ class Rig:
     def add(self, key: str, prompt: list[int], max_tokens: int = 8, seed: int = 0, **rest: object) -> None:
         own = {name: rest.pop(name) for name in list(rest) if name in SamplingParams.__slots__}
         sampling = SamplingParams(max_tokens, seed=seed, **own)  # type: ignore[arg-type]
-        self.scheduler.add(key, Request(key, tuple(prompt), sampling, **rest), self.now)  # type: ignore[arg-type]
+        request = Request(key, tuple(prompt), sampling, **rest)  # type: ignore[arg-type]
+        self.scheduler.add(key, request, self.now)
+        self.owners += [key] * request.n
 
-    def plan(self) -> StepPlan | None:
+    def encode(self, key: str, text: Many[int], pooling: Pooling = "all", priority: int = 0) -> None:
+        self.scheduler.add(key, EncodeRequest(key, tuple(text), pooling, priority), self.now)
+        self.owners.append(key)
+
+    def plan(self, only: str | None = None) -> StepPlan | None:
         """Hand out the next plan."""
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule(self.now, only)
         self.scheduler.check_integrity()
         if plan is not None:
             self.under_way.append(plan)
         return plan
 
-    def step(self) -> StepPlan | None:
+    def step(self, only: str | None = None) -> StepPlan | None:
         """Hand out the next plan, then take in the result of the one before."""
-        plan = self.plan()
+        plan = self.plan(only)
         if self.under_way and (plan is None or len(self.under_way) == 2):
             self.take_in()
         return plan

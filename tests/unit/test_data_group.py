@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.messages import EncodeEvent, EncodeRequest, TokenEvent
+from cluster.messages import EncodeEvent, TokenEvent
 from tests.fake_group import next_token
 from tests.unit.scheduler_rig import Rig, alone
 
@@ -128,7 +128,7 @@ def test_shared_pages_are_not_written_even_if_the_first_step_was_void() -> None:
 
 def test_a_text_that_is_encoded_begins_again() -> None:
     rig = Rig(groups=2, budget=4)
-    rig.scheduler.add("e", EncodeRequest("e", tuple(range(3, 14)), "mean"), 0.0)
+    rig.encode("e", range(3, 14), "mean")
     rig.step()
     rig.step()
     rig.lose({1})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.config import SchedulerConfig
-from cluster.messages import EncodeEvent, EncodeRequest, Pooling, TokenEvent
+from cluster.messages import EncodeEvent, Pooling, TokenEvent
 from cluster.sequence import Sequence
 from tests.fake_group import next_token
 from tests.unit.scheduler_rig import EOS, Rig, alone
@@ -241,7 +241,7 @@ def test_a_request_that_goes_on_without_its_first_choice_has_begun() -> None:
 def test_encoding_goes_through_the_same_steps(pooling: Pooling) -> None:
     rig = Rig(budget=4)
     rig.add("r", [7], max_tokens=12, ignore_eos=True)
-    rig.scheduler.add("e", EncodeRequest("e", tuple(range(3, 14)), pooling), 0.0)
+    rig.encode("e", range(3, 14), pooling)
     rig.run()
     (event,) = [e for e in rig.events if isinstance(e, EncodeEvent)]
     assert event.rows == tuple((float(token),) for token in range(3, 14))
@@ -340,7 +340,7 @@ def test_a_text_that_loses_its_pages_in_its_last_step_begins_again() -> None:
         for _ in range(delay):
             rig.step()
         text = tuple(range(3, 18))
-        rig.scheduler.add("e", EncodeRequest("e", text, "all", priority=1), 0.0)
+        rig.encode("e", text, priority=1)
         rig.run()
         (event,) = [e for e in rig.events if isinstance(e, EncodeEvent)]
         assert event.rows == tuple((float(token),) for token in text), delay

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.config import SchedulerConfig
-from cluster.messages import EncodeEvent, EncodeRequest, TokenEvent
+from cluster.messages import EncodeEvent, TokenEvent
 from tests.unit.scheduler_rig import Rig, alone
 
 PROMPTS = st.lists(st.integers(3, 5), min_size=1, max_size=20)  # few tokens: many shared prefixes
@@ -71,12 +71,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def encode(self, text: list[int]) -> None:
         key = self._key()
         self.encoded[key] = text
-        self.rig.scheduler.add(key, EncodeRequest(key, tuple(text), "all"), 0.0)
+        self.rig.encode(key, text)
 
     @rule(steps=st.integers(1, 5))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self.rig.step()
+
+    @precondition(lambda self: self.rig.scheduler.keys)
+    @rule(data=st.data(), steps=st.integers(1, 5))
+    def step_for_one(self, data: st.DataObject, steps: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.rig.scheduler.keys)))
+        for _ in range(steps):
+            plan = self.rig.step(key)
+            assert plan is None or {self.rig.owners[chunk.seq] for chunk in plan.chunks} == {key}
 
     @precondition(lambda self: self.wanted)
     @rule(data=st.data(), whole=st.booleans())
