@@ -12,9 +12,10 @@ from torch import Tensor
 
 from model.attention import paged_attention
 from model.attention_plan import Planner
+from model.backend import Run
 from model.batch import Batch
 from model.config import MixtralConfig
-from model.exchange import Dispatched, Exchange
+from model.exchange import Dispatched, Exchange, OneRank
 from model.kv_cache import KVCache
 from model.layers import rms_norm
 from model.moe import Routing, route, run_experts
@@ -36,6 +37,9 @@ class CpuBackend:
         angles = self._rotary.angles(batch.position_T, self._dtype)
         planner = Planner(kv.page_size, kv.bytes_per_key, self._config.sliding_window, self._dtype, self._device)
         return CpuAttention(planner, batch, kv, angles)
+
+    def decode_graphs(self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: object) -> None:
+        return None
 
     def experts(self, experts: Sequence[ExpertWeights]) -> ExpertLoop:
         return ExpertLoop(experts)

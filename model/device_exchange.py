@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.exchange import Dispatched
+from model.exchange import Dispatched, OneRank
 
-SortPairs = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# Experts of pairs, number of experts, counts to be added to -> the pairs' order, where each expert's begin in it
+SortPairs = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,9 @@ class Listed(Dispatched):
 class OneDevice:
     """The exchange that OneRank is, for experts that find their rows themselves."""
 
-    def __init__(self, num_experts: int, sort_pairs: SortPairs) -> None:
-        self._num_experts = num_experts
+    def __init__(self, alone: OneRank, sort_pairs: SortPairs) -> None:
+        self._num_experts = alone.num_experts
+        self._load = alone.load
         self._sort_pairs = sort_pairs
 
     def share(self, x_TD: Tensor) -> Tensor:
@@ -45,7 +47,8 @@ class OneDevice:
         return x_SD
 
     def dispatch(self, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Listed:
-        order_P, first_L = self._sort_pairs(expert_SK, self._num_experts)
+        counts_E = None if self._load is None else self._load.on_device(x_SD.device)[layer]
+        order_P, first_L = self._sort_pairs(expert_SK, self._num_experts, counts_E)
         return Listed(x_SD, [], order_P, weight_SK, first_L=first_L)
 
     def combine(self, dispatched: Dispatched, y_ND: Tensor) -> Tensor:

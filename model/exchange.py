@@ -61,12 +61,24 @@ class SlotLoad:
     def __init__(self, num_layers: int, num_slots: int) -> None:
         self._num_slots = num_slots
         self._rows = [[0] * num_slots for _ in range(num_layers)]
+        self._device_rows: Tensor | None = None
 
     def add(self, layer: int, rows: Sequence[int]) -> None:
         self._rows[layer] = [before + more for before, more in zip(self._rows[layer], rows, strict=True)]
 
+    def on_device(self, device: torch.device) -> Tensor:
+        """Where kernels add their counts: int64, (layers, slots). take() alone waits for them."""
+        if self._device_rows is None:
+            self._device_rows = torch.zeros(len(self._rows), self._num_slots, dtype=torch.int64, device=device)
+        return self._device_rows
+
+    @torch.inference_mode()
     def take(self) -> tuple[tuple[int, ...], ...]:
         """All there were since the last time."""
+        if self._device_rows is not None:
+            for layer, rows in enumerate(self._device_rows.tolist()):
+                self.add(layer, rows)
+            self._device_rows.zero_()
         rows, self._rows = self._rows, [[0] * self._num_slots for _ in self._rows]
         return tuple(map(tuple, rows))
 

@@ -11,6 +11,7 @@ V: vocabulary.  H: heads of query, key and value together.  C: head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
 from model.exchange import Exchange, OneRank
+from model.graphs import DecodeGraphs
 from model.kv_cache import KVCache
 from model.moe import Routing
 from model.stages import Stages
@@ -52,6 +54,8 @@ class Mixtral:
             Block(config, layer, block, next_norm_D, self._backend, self._stages)
             for layer, (block, next_norm_D) in enumerate(zip(weights.blocks, next_norms, strict=True))
         ]
+        self._graphs: DecodeGraphs | None = None
+        self._captured: tuple[KVCache, Exchange] | None = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, exchange: Exchange, routings: list[Routing] | None = None) -> Tensor:
@@ -60,21 +64,53 @@ class Mixtral:
         Who wants to know how tokens were routed gives a list: each block appends its routing of this rank's share of
         the rows. With OneRank that of the last block is of batch.logits_rows alone, for it computes no others.
         """
-        self._stages.start("head")
-        x_TD = self._embed(batch.token_ids_T)
-        self._stages.start("attention")
         alone = isinstance(exchange, OneRank)
+        if routings is None and self._graphs is not None and (kv, exchange) == self._captured:
+            self._stages.start("attention")
+            hidden_RD = self._graphs.replay(batch)
+            if hidden_RD is not None:
+                return hidden_RD
+        self._stages.start("build")
+        attention = self._backend.attention(batch, kv)
+        # No later token attends to what the last block gives: alone, it need not go on with rows nobody asked for.
+        wanted = batch.logits_rows if alone else None
+        hidden_TD = self._run(batch.token_ids_T, attention, exchange, routings, wanted)
+        return hidden_TD if alone else hidden_TD.index_select(0, batch.logits_rows)
+
+    def _run(
+        self,
+        token_ids_T: Tensor,
+        attention: StepAttention,
+        exchange: Exchange,
+        routings: list[Routing] | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """The final hidden states of all rows, or of the wanted ones."""
+        self._stages.start("head")
+        x_TD = self._embed(token_ids_T)
+        self._stages.start("attention")
         exchange = self._backend.exchange(exchange)
-        step = Step(self._backend.attention(batch, kv), exchange, routings)
+        step = Step(attention, exchange, routings)
         x_SD = exchange.share(x_TD)
         normed_TD = self._backend.norm(x_TD, self._weights.blocks[0].attention_norm_D)
         *earlier, last = self._blocks
         for block in earlier:
             x_SD, normed_TD = block(x_SD, normed_TD, step)
-        if alone:
-            # No later token attends to what the last block gives: it need not go on with rows nobody asked for.
-            return last(x_SD, normed_TD, step, batch.logits_rows)[1]
-        return last(x_SD, normed_TD, step)[1].index_select(0, batch.logits_rows)
+        return last(x_SD, normed_TD, step, wanted)[1]
+
+    @torch.inference_mode()
+    def capture_decode(
+        self, kv: KVCache, exchange: OneRank, max_rows: int, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """From now on steps of up to so many single tokens, over this memory and exchange, are replayed graphs.
+
+        On devices without graphs nothing changes. drop_graphs() goes back; capturing again begins anew.
+        """
+        self._graphs = self._backend.decode_graphs(kv, exchange, max_rows, self._run, progress)
+        self._captured = kv, exchange
+
+    def drop_graphs(self) -> None:
+        self._graphs = None
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -100,7 +136,8 @@ class Mixtral:
         """What one block's experts give for rows that somebody else has routed, (S, D)."""
         exchange = self._backend.exchange(exchange)
         dispatched = exchange.dispatch(layer, x_SD, expert_SK, weight_SK)
-        return exchange.combine(dispatched, self._blocks[layer].experts(dispatched))
+        combined = exchange.combine(dispatched, self._blocks[layer].experts(dispatched))
+        return combined if combined.dim() == 2 else combined.sum(1)  # a device leaves each row's K parts to be added
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
         embedding_VD = self._weights.embedding_VD

@@ -8,19 +8,22 @@ D: model width.  F: ffn width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.backend import Run
 from model.batch import Batch
 from model.config import MixtralConfig
 from model.device_attention import DeviceAttention, DevicePlan, DevicePlanner
 from model.device_exchange import Listed, OneDevice
 from model.exchange import Dispatched, Exchange, OneRank
 from model.expert_stack import stack_linears
+from model.graphs import Capture, CudaCapture, DecodeBuffers, DecodeGraphs, graph_sizes
 from model.kv_cache import KVCache
 from model.moe import Routing, swiglu
 from model.rotary import Rotary
@@ -35,8 +38,15 @@ GROUPED_MM_ROWS = 64
 
 
 class TritonBackend:
-    def __init__(self, config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: MixtralConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        make_capture: Callable[[], Capture] = CudaCapture,
+    ) -> None:
         self._config = config
+        self._make_capture = make_capture
         self._device = device
         self._dtype = dtype
         self._rotary = Rotary(config, device)
@@ -49,7 +59,7 @@ class TritonBackend:
     def exchange(self, exchange: Exchange) -> Exchange:
         from model.kernels.routing import sort_pairs
 
-        return OneDevice(exchange.num_experts, sort_pairs) if isinstance(exchange, OneRank) else exchange
+        return OneDevice(exchange, sort_pairs) if isinstance(exchange, OneRank) else exchange
 
     def attention(self, batch: Batch, kv: KVCache) -> DeviceAttention:
         kv_heads = kv.layer(0)[0].shape[1]
@@ -60,6 +70,24 @@ class TritonBackend:
     def planned_attention(self, plan: DevicePlan, kv: KVCache, position_T: Tensor, slot_T: Tensor) -> DeviceAttention:
         angles = self._rotary.angles(position_T, self._dtype)
         return DeviceAttention(plan, kv, angles, slot_T, self._config.sliding_window, self._varlen_attention)
+
+    def decode_graphs(
+        self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: Callable[[int, int], None] | None
+    ) -> DecodeGraphs:
+        from model.kernels.paged_decode import splits_for
+        from model.kernels.routing import sort_pairs
+
+        kv_heads = kv.layer(0)[0].shape[1]
+        buffers = DecodeBuffers(kv, max_rows, self._config.max_position_embeddings, self._device)
+
+        one_device = OneDevice(exchange, partial(sort_pairs, tokens=buffers.count))
+
+        def compute(rows: int) -> Tensor:
+            plan = buffers.plan(rows, splits_for(rows, kv_heads, self._processors))
+            attention = self.planned_attention(plan, kv, buffers.position[:rows], buffers.slot[:rows])
+            return run(buffers.token_ids[:rows], attention, one_device)
+
+        return DecodeGraphs(buffers, graph_sizes(max_rows), compute, self._make_capture(), progress)
 
     def experts(self, experts: Sequence[ExpertWeights]) -> DeviceExperts:
         gate_up = stack_linears([expert.gate_up for expert in experts])

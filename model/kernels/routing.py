@@ -28,22 +28,41 @@ def choose_experts(logits_SE: Tensor, experts_per_token: int) -> tuple[Tensor, T
     return expert_SK, weight_SK
 
 
-def sort_pairs(expert_SK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def sort_pairs(
+    expert_SK: Tensor, num_experts: int, counts_E: Tensor | None = None, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The stable order of all pairs by expert, and where each expert's pairs begin in it, and the last one's end.
 
     expert_SK   [[2 0] [0 1]]  ->  pairs 0..3 have experts 2 0 0 1  ->  order [1 2 3 0], first [0 2 3 4]
+
+    How many pairs each expert has is added to counts_E. Where `tokens`, one number on the device, says that only so
+    many tokens are there, the others' pairs come last, after the end, and have no expert.
     """
-    flat_P = expert_SK.reshape(-1)
-    P = len(flat_P)
+    S, K = expert_SK.shape
+    P = S * K
     pairs, experts = triton.next_power_of_2(max(P, 1)), triton.next_power_of_2(num_experts)
     if pairs * experts > ONE_PROGRAM:
-        expert_P, order_P = torch.sort(flat_P, stable=True)
-        borders = torch.arange(num_experts + 1, device=flat_P.device)
-        return order_P.int(), torch.searchsorted(expert_P, borders, out_int32=True)
-    order_P = torch.empty(P, dtype=torch.int32, device=flat_P.device)
-    first = torch.empty(num_experts + 1, dtype=torch.int32, device=flat_P.device)
-    _sort[(1,)](flat_P, order_P, first, P, num_experts, PAIRS=pairs, EXPERTS=experts)
+        return _sort_by_torch(expert_SK, num_experts, counts_E, tokens)
+    order_P = torch.empty(P, dtype=torch.int32, device=expert_SK.device)
+    first = torch.empty(num_experts + 1, dtype=torch.int32, device=expert_SK.device)
+    _sort[(1,)](
+        expert_SK, order_P, first, counts_E, tokens, P, num_experts, K=K, PAIRS=pairs, EXPERTS=experts
+    )  # fmt: skip
     return order_P, first
+
+
+def _sort_by_torch(
+    expert_SK: Tensor, num_experts: int, counts_E: Tensor | None, tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if tokens is not None:
+        token_S1 = torch.arange(len(expert_SK), device=expert_SK.device)[:, None]
+        expert_SK = expert_SK.where(token_S1 < tokens, num_experts)
+    expert_P, order_P = torch.sort(expert_SK.flatten(), stable=True)
+    borders = torch.arange(num_experts + 1, device=expert_SK.device)
+    first = torch.searchsorted(expert_P, borders, out_int32=True)
+    if counts_E is not None:
+        counts_E += first.diff()
+    return order_P.int(), first
 
 
 @triton.jit
@@ -84,19 +103,28 @@ def _sort(
     expert_ptr: tl.tensor,
     order_ptr: tl.tensor,
     first_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
     P: int,
     E: int,
+    K: tl.constexpr,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ) -> None:
     pair = tl.arange(0, PAIRS)
     expert = tl.arange(0, EXPERTS)[None, :]
-    own = tl.load(expert_ptr + pair, mask=pair < P, other=-1).to(tl.int32)[:, None]
+    there = P
+    if tokens_ptr is not None:
+        there = tl.load(tokens_ptr).to(tl.int32) * K
+    own = tl.load(expert_ptr + pair, mask=pair < there, other=-1).to(tl.int32)[:, None]
     mine = (own == expert).to(tl.int32)  # one 1 in every pair's row
     up_to_here = tl.cumsum(mine, axis=0)
     count = tl.sum(mine, axis=0)[None, :]
     begin = tl.cumsum(count, axis=1) - count
     position = tl.sum(mine * (begin + up_to_here - 1), axis=1)
-    tl.store(order_ptr + position, pair, mask=pair < P)
+    tl.store(order_ptr + tl.where(pair < there, position, pair), pair, mask=pair < P)
     tl.store(first_ptr + expert, begin, mask=expert < E)
-    tl.store(first_ptr + E, P)
+    tl.store(first_ptr + E, there)
+    if counts_ptr is not None:
+        counted = tl.load(counts_ptr + expert, mask=expert < E, other=0)
+        tl.store(counts_ptr + expert, counted + count, mask=expert < E)

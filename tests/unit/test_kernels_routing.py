@@ -48,12 +48,26 @@ def test_the_order_is_stable_and_borders_are_right(
         monkeypatch.setattr(routing, "ONE_PROGRAM", 0)
     rng = random.Random(tokens)
     expert_SK = torch.tensor([[rng.randrange(experts) for _ in range(per_token)] for _ in range(tokens)])
-    order_P, first = sort_pairs(expert_SK, experts)
+    counts_E = torch.arange(experts)
+    order_P, first = sort_pairs(expert_SK, experts, counts_E)
     expected_P, rows = sort_by_expert(expert_SK, experts)
     assert torch.equal(order_P.long(), expected_P)
     assert first.diff().tolist() == rows
     assert first[0] == 0
+    assert (counts_E - torch.arange(experts)).tolist() == rows
     assert {order_P.dtype, first.dtype} == {torch.int32}
+
+
+@pytest.mark.parametrize("one_program", [True, False])
+def test_tokens_that_are_not_there_go_to_no_expert(one_program: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not one_program:
+        monkeypatch.setattr(routing, "ONE_PROGRAM", 0)
+    expert_SK = torch.tensor([[1, 0], [2, 1], [0, 2], [0, 1]])
+    counts_E = torch.zeros(3, dtype=torch.int64)
+    order_P, first = sort_pairs(expert_SK, 3, counts_E, torch.tensor(2))
+    assert order_P.tolist() == [1, 0, 3, 2, 4, 5, 6, 7]
+    assert first.tolist() == [0, 1, 3, 4]
+    assert counts_E.tolist() == [1, 2, 1]
 
 
 def test_no_tokens() -> None:
