@@ -111,12 +111,14 @@ class AllToAll(Share):
         order_P, rows = sort_by_expert(place_SKJ, self._tables.num_places)
         rows_RL = torch.tensor(rows, device=x_SD.device).view(ranks, slots)
         arriving_RL = self._world.all_to_all(rows_RL, [1] * ranks, [1] * ranks)
-        sent: list[int] = rows_RL.sum(1).tolist()
-        received: list[int] = arriving_RL.sum(1).tolist()
+        arriving: list[list[int]] = arriving_RL.tolist()
+        sent = [sum(rows[first : first + slots]) for first in range(0, len(rows), slots)]
+        received = [sum(from_one) for from_one in arriving]
         pairs_per_token = expert_SK.shape[1] * self._tables.slices
         arrived_ND = self._world.all_to_all(x_SD.index_select(0, order_P // pairs_per_token), sent, received)
         slot_N = torch.arange(slots, device=x_SD.device).repeat(ranks).repeat_interleave(arriving_RL.reshape(-1))
-        order_N, rows_here = sort_by_expert(slot_N, slots)
+        order_N = torch.argsort(slot_N, stable=True)
+        rows_here = [sum(for_one) for for_one in zip(*arriving, strict=True)]
         if self._load is not None:
             self._load.add(layer, rows_here)
         route = _Route(order_P, sent, received)

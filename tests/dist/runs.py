@@ -139,16 +139,23 @@ def moved(placement: Placement) -> Placement:
 
 
 def replay(
-    groups: Groups, directory: Path, parallel: ParallelConfig, plans: tuple[StepPlan, ...], exchange: Exchange
+    groups: Groups,
+    directory: Path,
+    parallel: ParallelConfig,
+    plans: tuple[StepPlan, ...],
+    exchanges: tuple[Exchange, ...],
 ) -> list[StepResult]:
-    """One rank's results. Half-way, experts move; before and after, a canary sees to it that they are in order."""
+    """One rank's results, the exchanges taking turns.
+
+    Half-way, experts move; before and after, a canary sees to it that they are in order.
+    """
     placement = placement_for(directory, parallel)
     worker = Worker(groups.world.rank, engine_config(directory, parallel), placement)
     worker.load()
     worker.join(groups, PAGES.get(parallel.data, 12))
     numbers = itertools.count()
     results = []
-    for index, plan in enumerate(plans):
+    for index, (plan, exchange) in enumerate(zip(plans, itertools.cycle(exchanges))):
         if index == len(plans) // 2:
             placement = moved(placement)
             worker.fetch(placement)
