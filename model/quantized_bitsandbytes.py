@@ -97,11 +97,13 @@ class BitsAndBytes:
             "dtype": "bfloat16",
             "shape": [weight.out_features, weight.in_features],
         }
+        text = json.dumps(state).encode()
+        text += b" " * (-len(text) % 8)  # what follows in the file stays aligned
         return {
             name: (packed << 4 | packed >> 4).view(-1, 1),
             f"{name}.absmax": weight.scale_OG.flatten(),
             f"{name}.quant_map": torch.tensor(NF4_LEVELS),
-            f"{name}.{STATE}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+            f"{name}.{STATE}": torch.tensor(list(text), dtype=torch.uint8),
         }
 
     def config(self) -> dict[str, Any]:

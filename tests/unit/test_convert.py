@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from model import convert as module
+from model import new_checkpoint
 from model.config import load_config
 from model.convert import Layout, convert
 from model.errors import CheckpointError, ConversionError
@@ -94,7 +94,7 @@ def test_mistrals_names_shapes_and_pairs(tmp_path: Path) -> None:
 
 def test_large_models_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(write_checkpoint(tmp_path / "hf"), tmp_path / "mistral", "mistral")
-    monkeypatch.setattr(module, "PART_BYTES", 150_000)
+    monkeypatch.setattr(new_checkpoint, "PART_BYTES", 150_000)
     convert(tmp_path / "mistral", tmp_path / "back", "huggingface")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     parts = sorted((tmp_path / "back").glob("*.safetensors"))
