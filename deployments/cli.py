@@ -1,4 +1,4 @@
-"""The command line, mixtral-serve: serve, batch, plan, convert and doctor.
+"""The command line, mixtral-serve: serve, batch, plan, convert, quantize and doctor.
 
 Talks to people: one sentence on stderr and a status above zero when it cannot. Everything it starts, it ends:
 processes, shared memory, and the directory with their logs. Ray is imported only once the configuration is right,
@@ -24,9 +24,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from deployments import convert, plan
+from deployments import convert, plan, quantize
 from deployments.batch import BatchStopped, run_batch
 from deployments.batch_file import Entry, Output, read_entries
+from deployments.collectives import MAX_RANKS, examine_collectives
 from deployments.config_file import ConfigFile, HttpOptions, read_config_file
 from deployments.doctor import examine, page
 from deployments.layout import Machine
@@ -155,6 +156,8 @@ def _this_machine() -> Machine:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.collectives:
+        return int(not examine_collectives(options.ranks))
     findings = examine()
     print(page(findings))
     return int(any(finding.state == "bad" for finding in findings))
@@ -281,10 +284,21 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="PATH=VALUE", help="any setting; may be given several times"
         )
     convert.add_command(commands)
+    quantize.add_command(commands)
     plan.add_command(commands)
     doctor = commands.add_parser("doctor", help="what of this machine works, and what to change for the rest")
     doctor.set_defaults(run=_doctor)
+    doctor.add_argument(
+        "--collectives", action="store_true", help="instead: let ranks exchange rows, kill one, and see them go on"
+    )
+    doctor.add_argument("--ranks", type=_ranks, metavar="N", help="how many (default: one per GPU, or 2)")
     return parser
+
+
+def _ranks(text: str) -> int:
+    if not (text.isdecimal() and 2 <= int(text) <= MAX_RANKS):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of ranks: choose 2 to {MAX_RANKS}")
+    return int(text)
 
 
 def _port(text: str) -> int:
