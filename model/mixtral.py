@@ -65,12 +65,11 @@ class Mixtral:
         the rows. With OneRank that of the last block is of batch.logits_rows alone, for it computes no others.
         """
         alone = isinstance(exchange, OneRank)
+        self._stages.start("attention")
         if routings is None and self._graphs is not None and (kv, exchange) == self._captured:
-            self._stages.start("attention")
             hidden_RD = self._graphs.replay(batch)
             if hidden_RD is not None:
                 return hidden_RD
-        self._stages.start("build")
         attention = self._backend.attention(batch, kv)
         # No later token attends to what the last block gives: alone, it need not go on with rows nobody asked for.
         wanted = batch.logits_rows if alone else None
