@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cluster.config import ParallelConfig
 from model.comm import split_rows
 from model.config import MixtralConfig
+from model.quantization import Mode, stored_bytes
 from model.shard import Shard
 
 # Bytes that a matrix of so many rows and columns takes as it is kept.
@@ -34,6 +35,11 @@ class Footprint:
     @property
     def weights(self) -> int:
         return self.attention + self.experts + self.embedding + self.head + self.other
+
+
+def matrix_bytes(mode: Mode | None, itemsize: int) -> MatrixBytes:
+    """Of matrices that are quantised, or (None) kept in items of this size."""
+    return lambda height, width: height * width * itemsize if mode is None else stored_bytes(mode, height, width)
 
 
 def slots_per_rank(num_experts: int, parallel: ParallelConfig) -> int:

@@ -20,8 +20,10 @@ from torch import Tensor
 from cluster.all_to_all import SlotTables, exchange_for
 from cluster.canary import Canary, tokens_of_groups
 from cluster.config import EngineConfig
-from cluster.errors import StepFailed
+from cluster.errors import EngineError, StepFailed
+from cluster.footprint import footprint, matrix_bytes
 from cluster.held_experts import HeldExperts, Place, fetch, hold
+from cluster.host_memory import available_bytes
 from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
 from cluster.placement import Placement
 from cluster.rank_state import RankState, Wanted
@@ -72,6 +74,7 @@ class Worker:
         began = monotonic()
         directory = self._directory = Path(self._config.model_path)
         self._model_config = load_config(directory)
+        self._refuse_what_is_too_large()
         weights = load_weights(
             directory,
             self._model_config,
@@ -272,7 +275,25 @@ class Worker:
                 pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
         return pooled
 
+    def _refuse_what_is_too_large(self) -> None:
+        """Before anything is read that there is no room for."""
+        saved, scheduler = self._model_config.quantization, self._config.scheduler
+        holds = footprint(
+            self._model_config,
+            self._config.parallel,
+            itemsize=self._dtype.itemsize,
+            matrix_bytes=matrix_bytes(self._quantization if saved is None else saved.mode, self._dtype.itemsize),
+            max_step_tokens=scheduler.max_step_tokens,
+            max_running=scheduler.max_running,
+        )
+        lacks = holds.weights - self._free_bytes()
+        if lacks > 0:
+            raise EngineError(
+                f"rank {self.rank}'s weights take {holds.weights} bytes and its {self._device.type} lacks {lacks} of "
+                "them: use more ranks or a quantization (mixtral-serve plan compares them)"
+            )
+
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":
             return int(torch.cuda.mem_get_info(self._device)[0])
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return available_bytes()

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import Dtype, EngineConfig, KVConfig, SchedulerConfig
+from cluster.footprint import matrix_bytes
 from cluster.layouts import PREFILL_TOKENS, Estimate, Layout, Workload, estimates, recommend
 from cluster.step_floor import Hardware
 from deployments.settings import Scheduler, SettingsError
 from model.config import MixtralConfig, load_config
 from model.errors import ModelError
-from model.quantization import stored_bytes
 
 GIB = 1 << 30
 NVLINK_3, NVLINK_4, NVLINK_5, PCIE_4 = 300e9, 450e9, 900e9, 32e9  # bytes a second, one direction
@@ -179,11 +179,7 @@ def _model(text: str) -> MixtralConfig:
 
 def _workload(options: argparse.Namespace, context: int) -> Workload:
     itemsize, mode = ITEMSIZE[options.dtype], options.quantization
-
-    def matrix_bytes(height: int, width: int) -> int:
-        return height * width * itemsize if mode == "none" else stored_bytes(mode, height, width)
-
-    return Workload(context, itemsize, matrix_bytes)
+    return Workload(context, itemsize, matrix_bytes(None if mode == "none" else mode, itemsize))
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
 
 from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
+from cluster.host_memory import available_bytes
 from cluster.launch import launch_in_process
 from cluster.layouts import Layout, Workload, estimate, estimates, layouts, recommend
 from cluster.step_floor import Hardware
@@ -57,7 +57,7 @@ def test_kv_tokens_are_those_of_a_real_start(tmp_path: Path, memory: int | None)
         str(tmp_path), max_model_len=512, kv=KVConfig(memory=memory), scheduler=SchedulerConfig(max_running=100_000)
     )
     model = load_config(tmp_path)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_bytes()
     machine = Hardware("this machine", free, 5e10, 1e12, 1e10)
     workload = Workload(512, 4, lambda height, width: 4 * height * width)
     planned = estimate(model, Layout(1, ParallelConfig(expert=1)), machine, config, workload)
