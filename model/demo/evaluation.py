@@ -20,7 +20,7 @@ from model.demo.corpus.turns import Kind, Turn
 from model.demo.data import EOS, LONGEST, Encoder, Text, long_text, pack
 from model.demo.network import Network
 
-KINDS: tuple[Kind, ...] = ("fact", "comparison", "chat", "unknown", "sum", "story", "name", "repeat")
+KINDS: tuple[Kind, ...] = ("fact", "comparison", "chat", "unknown", "sum", "story", "name", "repeat", "visitor")
 PER_KIND = 200
 GROUP = 32  # texts per forward pass
 MOST_GENERATED = 40  # wrong answers that are generated, to see what they say and whether they end

@@ -20,7 +20,7 @@ from model.checkpoint import load_weights
 from model.config import load_config
 from model.demo import artefacts
 from model.demo.corpus import sums
-from model.demo.corpus.conversation import Conversation, Corpus, seeded
+from model.demo.corpus.conversation import WEIGHTS, Conversation, Corpus, seeded
 from model.demo.corpus.entries import expand, expansions, parse, part
 from model.demo.corpus.phrasing import mistype
 from model.demo.corpus.turns import Turn
@@ -172,7 +172,7 @@ def test_every_fact_has_questions_to_train_on_and_one_kept(corpus: Corpus) -> No
 
 def test_no_alternative_is_a_kept_question_or_has_a_second_answer(corpus: Corpus) -> None:
     entries = [*(entry for file in corpus.facts for entry in file), *corpus.chat, *corpus.off_topic]
-    kept = {plain(question) for entry in entries for question in entry.held_out}
+    kept = {plain(question) for entry in entries for question in entry.held_out + entry.visitors}
     answers: dict[str, str] = {}
     for entry in entries:
         for question in (found for line in entry.questions for found in expansions(line)):
@@ -276,7 +276,8 @@ def test_muon_and_adam_share_the_parameters_and_lower_the_loss(corpus: Corpus, e
 def test_skills_come_first_then_everything() -> None:
     kinds = [set(corpus.weights) for corpus in curriculum(steps=12, skill_steps=2)]
     assert kinds[:2] == [{"sum", "repeat"}] * 2
-    assert kinds[2:] == [set(KINDS)] * 10
+    assert kinds[2:] == [set(WEIGHTS)] * 10
+    assert set(KINDS) - set(WEIGHTS) == {"visitor"}
 
 
 # The tokenizer.

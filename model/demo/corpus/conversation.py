@@ -10,7 +10,7 @@ from random import Random
 
 from model.demo.corpus import names, stories, sums, unknown
 from model.demo.corpus.entries import Entry, load, load_facts, load_slots
-from model.demo.corpus.phrasing import casual, comparison, definition, mistype, surface, vary
+from model.demo.corpus.phrasing import blur, casual, comparison, definition, mistype, surface, vary
 from model.demo.corpus.turns import Kind, Turn
 
 # How often each kind of turn is drawn.
@@ -72,6 +72,11 @@ class Corpus:
         self.comparisons = load("comparisons")
         self.chat = load("chat")
         self.off_topic = load("offtopic")
+        self.visitors = [
+            (question, entry.answer)
+            for entry in [*(entry for file in self.facts for entry in file), *self.chat]
+            for question in entry.visitors
+        ]
         self.slots = load_slots()
         self.vocabulary = sorted({word for file in self.facts for entry in file for word in entry.answer.split()})
 
@@ -126,6 +131,8 @@ class Corpus:
                 return names.turn(rng, held_out)
             case "repeat":
                 return names.repeat(rng, self.vocabulary, held_out)
+            case "visitor":
+                return Turn("visitor", *rng.choice(self.visitors))
             case "completion" | "follow-up":
                 raise ValueError(f"{kind} is no kind of turn that can be drawn by itself")
 
@@ -138,8 +145,12 @@ class Corpus:
     def ask(self, rng: Random, entry: Entry, held_out: bool) -> str:
         if entry.topic and rng.random() < 0.4:
             question = definition(rng, entry.topic, entry.verb, held_out)
+        elif held_out:
+            question = rng.choice(entry.held_out)
         else:
-            question = rng.choice(entry.held_out) if held_out else entry.question(rng)
+            question = entry.question(rng)
+            if rng.random() < 0.3:
+                question = blur(rng, question, names.made_up(rng))
         return question if held_out else mistype(rng, vary(rng, question))
 
     def completion(self, rng: Random) -> Turn:

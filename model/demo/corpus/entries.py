@@ -8,6 +8,7 @@ An entry is a paragraph; each line says by its first character what it is:
     ~ Because ...       what "why?" gets afterwards
     ? How big is it?    a question to train on
     ! How many ...?     a question kept for evaluation
+    % Is a page ...?    the same, as a visitor would put it; no line to train on is written with it in mind
     # ...               a remark
 
 A question may hold alternatives, "(How big|How large) is a page?"; one of each is taken whenever it is drawn.
@@ -37,6 +38,7 @@ class Entry:
     why: str = ""
     questions: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    visitors: list[str] = field(default_factory=list)
 
     def question(self, rng: Random) -> str:
         """One of the questions to train on; one that can be asked in many ways is drawn more often."""
@@ -95,6 +97,8 @@ def parse(text: str) -> list[Entry]:
                     entry.questions.append(content)
                 case "!":
                     entry.held_out.append(content)
+                case "%":
+                    entry.visitors.append(content)
                 case "#":
                     pass
                 case _:

@@ -1,6 +1,6 @@
 """Many ways to ask one question. Knows English patterns, not what any question is about.
 
-Training sees questions varied by `vary` and `mistype`; evaluation sees held-out questions as they were written.
+Training sees questions varied by `vary`, `blur` and `mistype`; evaluation sees held-out questions as they were written.
 """
 
 from __future__ import annotations
@@ -136,6 +136,20 @@ SYNONYMS = (
     (r"\b(my|a|the) request\b", (r"\1 request", r"\1 call", r"\1 query")),
     (r"\b(users|clients|people)\b", ("users", "clients", "people")),
     (r"\b(fast|quick)\b", ("fast", "quick")),
+    (r"\b(stop|end|quit)\b", ("stop", "end", "shut down", "turn off", "halt")),
+    (r"\b(monitor|observe)\b", ("monitor", "observe", "watch", "keep an eye on")),
+    (r"\b(chosen|selected|picked)\b", ("chosen", "selected", "picked", "decided", "determined")),
+    (r"\b(choose|select|pick)\b", ("choose", "select", "pick", "decide")),
+    (r"\b(kinds|types|sorts)\b", ("kinds", "types", "sorts", "families", "forms")),
+    (r"\b(limit|maximum)\b", ("limit", "maximum", "upper limit", "bound")),
+    (r"\b(lost|dropped|gone)\b", ("lost", "dropped", "gone", "thrown away")),
+    (r"\b(dead|killed|lost|shot)\b", ("dead", "killed", "gone", "terminated", "no more there")),
+    (r"\b(move|relocate)\b", ("move", "relocate", "transfer", "bring")),
+    (r"\b(split|cut|divided|sliced)\b", ("split", "cut", "divided", "sliced", "spread")),
+    (r"\b(obtain|receive|get)\b", ("get", "obtain", "receive", "have")),
+    (r"\b(exist|are there)\b(?=\?)", ("exist", "are there", "do you have", "can I have")),
+    (r"\b(wrong|invalid|bad)\b", ("wrong", "invalid", "bad")),
+    (r"\b(at once|in parallel|at the same time)\b", ("at once", "in parallel", "concurrently", "simultaneously")),
     (r"\b(show|list) me\b", ("show me", "give me", "tell me")),
     (r"\bsupported\b", ("available", "possible", "allowed")),
     (r"\bsupport\b", ("have", "offer", "know")),
@@ -226,6 +240,19 @@ def mistype(rng: Random, question: str) -> str:
     doubled = question[: at + 1] + question[at:]
     exchanged = question[:at] + question[at + 1] + question[at] + question[at + 2 :]
     return rng.choice((lost, doubled, exchanged))
+
+
+def blur(rng: Random, question: str, strange: str) -> str:
+    """As somebody with other words asks it: some words missing, a strange one, two exchanged. What is left decides."""
+    said = [word for word in question.split() if rng.random() < 0.88]
+    if len(said) < 4:
+        return question
+    if rng.random() < 0.5:
+        said.insert(rng.randrange(len(said)), strange)
+    if rng.random() < 0.3:
+        at = rng.randrange(len(said) - 1)
+        said[at], said[at + 1] = said[at + 1], said[at]
+    return " ".join(said)
 
 
 def vary(rng: Random, question: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["fact", "comparison", "chat", "unknown", "sum", "story", "name", "repeat", "follow-up", "completion"]
+Kind = Literal[
+    "fact", "comparison", "chat", "unknown", "sum", "story", "name", "repeat", "visitor", "follow-up", "completion"
+]
 
 
 @dataclass(frozen=True, slots=True)
