@@ -1,0 +1,55 @@
+"""Alert rules: Prometheus's own tool checks and tests them, and each tells what to do.
+
+Where promtool (Debian's package `prometheus`) is not installed, only what needs none is tested.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SPEC = yaml.safe_load((ROOT / "k8s/base/alerts.yaml").read_text())["spec"]
+RULES: list[dict[str, Any]] = [rule for group in SPEC["groups"] for rule in group["rules"]]
+TESTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "k8s/alerts.test.yaml").read_text())["tests"]
+
+
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    return found
+
+
+@pytest.mark.parametrize(
+    "command", [["check", "rules", "rules.yaml"], ["test", "rules", "alerts.test.yaml"]], ids=" ".join
+)
+def test_prometheus_agrees(promtool: str, command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(SPEC))
+    shutil.copy(ROOT / "k8s/alerts.test.yaml", tmp_path)
+    ran = subprocess.run([promtool, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_alert_is_tested_both_ways() -> None:
+    tested = {True: set(), False: set()}
+    for test in TESTS:
+        for case in test["alert_rule_test"]:
+            tested[bool(case["exp_alerts"])].add(case["alertname"])
+    names = {rule["alert"] for rule in RULES}
+    assert tested == {True: names, False: names}
+
+
+def test_every_alert_has_its_page_in_the_runbook() -> None:
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    assert headings == [rule["alert"] for rule in RULES]
+    for rule in RULES:
+        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+        assert rule["labels"]["severity"] in ("page", "ticket")
