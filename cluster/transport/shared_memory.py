@@ -78,6 +78,13 @@ class Layout:
 
 def create_file(layout: Layout) -> str:
     """A file only this user can open; its path. Rank 0 unlinks it once it is mapped."""
+    status = os.statvfs(DIRECTORY)
+    free = status.f_bavail * status.f_frsize
+    if free < layout.total_bytes:  # a write for which there is no room would end the process without a word
+        raise OSError(
+            f"{DIRECTORY} has {free >> 20} MiB free and {layout.size} ranks want {layout.total_bytes >> 20} MiB to "
+            "exchange rows: give it more, with docker run --shm-size or an emptyDir in memory"
+        )
     path = f"{DIRECTORY}/mixtral-serve-{secrets.token_hex(16)}"
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,3 +84,10 @@ def test_the_file_is_private() -> None:
         assert os.stat(path).st_mode & 0o777 == 0o600
     finally:
         os.unlink(path)
+
+
+def test_too_little_room_is_said_before_it_ends_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=5 << 10, f_frsize=4096))
+    with pytest.raises(OSError, match=r"has 20 MiB free and 4 ranks want 32 MiB .* --shm-size"):
+        create_file(Layout(4))
+    os.unlink(create_file(Layout(2)))
