@@ -14,18 +14,19 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from time import monotonic
 from typing import Literal
 
 from cluster.answer import Answers
+from cluster.commands import Abort, Add, Died, Limit, Move
 from cluster.config import EngineConfig, SchedulerConfig
-from cluster.engine_loop import Abort, Add, Died, EngineLoop, Limit
+from cluster.engine_loop import EngineLoop
 from cluster.errors import EngineDraining, EngineError, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
 from cluster.messages import (
-    EncodeEvent,
     EncodeRequest,
     EngineStats,
     ExpertsStatus,
@@ -36,6 +37,7 @@ from cluster.messages import (
 )
 from cluster.observer import FailureCause, Observer, Silence
 from cluster.placement import Placement
+from cluster.rebalancing import Rebalancing, rebalance
 from cluster.request_check import check_request
 from cluster.scheduler import Event, Scheduler
 from cluster.worker_group import WorkerGroup
@@ -95,6 +97,7 @@ class Engine:
         self._counter = itertools.count()
         self._event_loop = asyncio.get_running_loop()
         self._draining = False
+        self._moving = asyncio.Lock()
         self._observer = observer or Silence()
         self._loop = EngineLoop(
             self._scheduler, group, config.parallel, self._load, self._publish, self.stats, self._observer
@@ -150,7 +153,8 @@ class Engine:
             event = await stream.get()
         finally:
             self._forget(request.request_id, key, abort=event is None)
-        assert isinstance(event, EncodeEvent)
+        if isinstance(event, TokenEvent):
+            raise StepFailed("the request was aborted")
         if event.error is not None:
             raise StepFailed(event.error)
         return [list(row) for row in event.rows]
@@ -189,6 +193,31 @@ class Engine:
     def experts(self) -> ExpertsStatus:
         """Where they are, and how much each is used lately."""
         return self._load.status()
+
+    def doubts(self) -> list[str]:
+        """Expert slots and collectives that have not shown lately that they work."""
+        return self._loop.doubts()
+
+    async def proved(self) -> None:
+        """Returns when every slot and collective has shown once that it works; raises if they never will."""
+        await asyncio.to_thread(self._loop.wait_until_proved)
+        if self._loop.failure is not None:
+            raise EngineError(self._loop.failure)
+
+    async def rebalance(self) -> Rebalancing:
+        """Move experts so that ranks have as much to do as each other, by the load lately. Steps go on meanwhile."""
+        if self._moving.locked():
+            raise EngineNotReady("experts are being moved already", retry_after_s=5)
+        async with self._moving:
+            epoch = self._group.epoch
+            planned = rebalance(self._load.placement, self._load.rows())
+            if planned.moves:
+                await asyncio.to_thread(self._group.fetch, planned.placement)
+                moved: Future[bool] = Future()
+                self._loop.put(Move(planned.placement, planned.moves, epoch, moved))
+                if not await asyncio.wrap_future(moved):
+                    raise EngineNotReady("a rank died while experts were moved; nothing has changed", retry_after_s=5)
+            return planned
 
     def limit(self, limits: SchedulerConfig) -> None:
         """Admit by these limits from now on; whoever runs goes on. The ranks were built for those of the start."""

@@ -16,15 +16,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import monotonic
 
-from cluster.config import ParallelConfig, SchedulerConfig
+from cluster.commands import Abort, Add, Command, Died, Limit, Move
+from cluster.config import ParallelConfig
 from cluster.errors import StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.expert_load import ExpertLoad
-from cluster.messages import EncodeRequest, EngineStats, Request, StepPlan, TokenEvent
-from cluster.observer import FailureCause, Observer, StepRecord
+from cluster.messages import EngineStats, StepPlan, StepResult, TokenEvent
+from cluster.observer import Observer, StepRecord
+from cluster.proofs import Proofs
 from cluster.recovery import Recovery
 from cluster.scheduler import Event, Scheduler
 from cluster.step_clock import StepForecast
@@ -36,33 +38,7 @@ STEPS_AHEAD = 1
 CHECK_EVERY_S = 60.0  # when idle
 ASK_LOAD_EVERY_S = 1.0  # while there is work
 
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    key: str
-    request: Request | EncodeRequest
-    arrived_s: float = field(default_factory=monotonic)
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    key: str
-    choice: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    reason: str
-    epoch: int
-    cause: FailureCause = "died"
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    limits: SchedulerConfig
-
-
-Command = Add | Abort | Died | Limit | None  # None ends the loop
+SlotRows = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +49,11 @@ class _UnderWay:
     pending: PendingStep
     schedule_s: float
     handed_out: float
+
+    @property
+    def num_tokens(self) -> int:
+        """For the forecast; a canary counts as a small step."""
+        return max(1, self.plan.num_tokens)
 
 
 class EngineLoop:
@@ -100,6 +81,9 @@ class EngineLoop:
         self._under_way: deque[_UnderWay] = deque()
         self._forecast = StepForecast()
         self._finished = 0.0  # when the last step was
+        placement = load.placement
+        self._proofs = Proofs(parallel, len(placement.expert_of), placement.num_slots)
+        self._proved = threading.Event()
         self._checked = monotonic()
         self.failure: str | None = None  # why it will never answer again
         self._recovery = Recovery(scheduler, group, observer)
@@ -120,6 +104,14 @@ class EngineLoop:
     def recoveries(self) -> int:
         return self._recovery.count
 
+    def doubts(self) -> list[str]:
+        """What has not shown for too long that it works. From any thread."""
+        return self._proofs.doubts(monotonic())
+
+    def wait_until_proved(self) -> None:
+        """Until everything has shown once that it works, or the loop has failed."""
+        self._proved.wait()
+
     def put(self, command: Command) -> None:
         self._inbox.put(command)
 
@@ -129,23 +121,25 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while (failure := self._work()) is not None:
-                self._send(self._recovery.blame(failure, self._scheduler.keys_under_way()))
-                self._under_way.clear()
-                self._recovery.run()
+                self._recover(failure)
             reason = "the server is shutting down"
         except Exception as error:  # a process boundary of its own: whoever waits gets an answer
             log.exception("the engine cannot go on")
             reason = self.failure = str(error)
+        self._proved.set()  # it will never be; nobody need wait
         self._send(self._scheduler.fail_all(reason))
         while self.failure is not None and (command := self._inbox.get()) is not None:
-            if isinstance(command, Add):
-                self._scheduler.add(command.key, command.request, command.arrived_s)
-                self._send(self._scheduler.fail_all(self.failure))
+            match command:
+                case Add(key, request, arrived_s):
+                    self._scheduler.add(key, request, arrived_s)
+                    self._send(self._scheduler.fail_all(self.failure))
+                case Move():
+                    command.moved.set_result(False)
 
     def _work(self) -> StepFailed | None:
         """The loop. None: it was told to end. Else: why the ranks have to be formed anew."""
         try:
-            while self._take_commands(wait=self._idle()):
+            while self._take_commands():
                 self._expire()
                 began = monotonic()
                 plan = self._schedule(began)
@@ -154,7 +148,7 @@ class EngineLoop:
                     planned = monotonic()
                     self._under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
                 if len(self._under_way) > STEPS_AHEAD or (plan is None and self._under_way):
-                    self._finish(self._forecast.deadline_s(self._under_way[0].plan.num_tokens))
+                    self._finish(self._forecast.deadline_s(self._under_way[0].num_tokens))
         except StepFailed as failure:
             return failure
         return None
@@ -167,7 +161,10 @@ class EngineLoop:
         self._send(events)
 
     def _schedule(self, now: float) -> StepPlan | None:
-        """The next step; for a single request, if that one is to be tried alone and finds room."""
+        """The next step. A canary if one is due; for one request if that is to be tried alone and finds room."""
+        exchange = self._proofs.due(now)
+        if exchange is not None and not any(step.plan.canary for step in self._under_way):
+            return replace(self._scheduler.canary(), exchange=exchange)
         alone = self._recovery.alone()
         if alone is None:
             return self._scheduler.schedule(now)
@@ -176,10 +173,10 @@ class EngineLoop:
 
     def _complete(self, plan: StepPlan, now: float) -> StepPlan:
         """What of a plan is not the scheduler's to say."""
-        asks = now - self._load_asked >= ASK_LOAD_EVERY_S
+        asks = not plan.canary and now - self._load_asked >= ASK_LOAD_EVERY_S
         if asks:
             self._load_asked = now
-        exchange = choose_exchange(self._parallel, plan.num_tokens)
+        exchange = plan.exchange if plan.canary else choose_exchange(self._parallel, plan.num_tokens)
         return replace(plan, exchange=exchange, placement=self._load.placement.number, report_load=asks)
 
     def _finish(self, timeout_s: float) -> None:
@@ -191,15 +188,28 @@ class EngineLoop:
             raise StepFailed(f"step {step.plan.step} took longer than {timeout_s:.0f} s", "deadline") from None
         done = monotonic()
         self._under_way.popleft()
-        self._forecast.note(step.plan.num_tokens, done - max(step.handed_out, self._finished))
+        self._forecast.note(step.num_tokens, done - max(step.handed_out, self._finished))
         self._finished = done
         events = self._scheduler.postprocess(step.plan, result)
-        if result.slot_rows:
-            self._load.add(result.slot_rows, done)
+        slot_rows = result.slot_rows if step.plan.placement == self._load.placement.number else ()
+        if slot_rows:
+            self._load.add(slot_rows, done)
+        if step.plan.canary:
+            self._proofs.canary(step.plan.exchange, done)
+            self._recovery.proved()
+            self._observer.canary(True)
+            if not self._proofs.doubts(done):
+                self._proved.set()
+            return
+        self._proofs.step(step.plan.exchange, slot_rows, done)
         self._recovery.completed(events)
         taken = monotonic()
         self._send(events)
-        published = monotonic()
+        self._report(step, result, slot_rows, done, taken, monotonic())
+
+    def _report(
+        self, step: _UnderWay, result: StepResult, slot_rows: SlotRows, done: float, taken: float, published: float
+    ) -> None:
         decodes = sum(len(chunk.token_ids) == 1 for chunk in step.plan.chunks)
         self._observer.step(
             StepRecord(
@@ -213,10 +223,20 @@ class EngineLoop:
                 publish_s=published - taken,
                 ranks=result.times,
                 stats=self._stats(),
-                slot_rows=result.slot_rows,
-                slot_experts=self._load.placement.expert_of if result.slot_rows else (),
+                slot_rows=slot_rows,
+                slot_experts=self._load.placement.expert_of if slot_rows else (),
             )
         )
+
+    def _recover(self, failure: StepFailed) -> None:
+        first = self._under_way[0].plan if self._under_way else None
+        wrong = first is not None and first.canary and failure.cause == "step_failed"
+        if wrong:  # a rank computes something else than it did: none keeps its weights
+            self._observer.canary(False)
+        self._send(self._recovery.blame(failure, self._scheduler.keys_under_way()))
+        self._under_way.clear()
+        self._recovery.run(anew=wrong)
+        self._proofs.forget()
 
     def _salvage(self) -> None:
         """Take in the steps that all ranks had finished: nobody is to be suspected for those."""
@@ -224,19 +244,26 @@ class EngineLoop:
             while self._under_way:
                 self._finish(0)
 
-    def _idle(self) -> bool:
-        """Is there nothing to do but wait? Then, now and then, is the time to see that no page was lost."""
+    def _idle_for_s(self) -> float:
+        """How long there is nothing to do but wait. Then, now and then, is the time to see that no page was lost."""
         if self._under_way or self._scheduler.has_work:
-            return False
-        if monotonic() - self._checked > CHECK_EVERY_S:
-            self._checked = monotonic()
+            return 0.0
+        now = monotonic()
+        if now - self._checked > CHECK_EVERY_S:
+            self._checked = now
             self._scheduler.check_integrity()
-        return True
+        return self._proofs.due_in_s(now)
 
-    def _take_commands(self, *, wait: bool) -> bool:
+    def _take_commands(self) -> bool:
         """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
-        while wait or not self._inbox.empty():
-            match self._inbox.get():
+        wait_s = self._idle_for_s()
+        while True:
+            try:
+                command = self._inbox.get(block=wait_s > 0, timeout=wait_s)
+            except queue.Empty:
+                return True
+            wait_s = 0.0
+            match command:
                 case Add(key, request, arrived_s):
                     self._scheduler.add(key, request, arrived_s)
                 case Abort(key, choice):
@@ -248,10 +275,20 @@ class EngineLoop:
                         raise StepFailed(reason, cause)
                 case Limit(limits):
                     self._scheduler.limit(limits)
+                case Move():
+                    self._move(command)
                 case None:
                     return False
-            wait = False
-        return True
+
+    def _move(self, command: Move) -> None:
+        """Experts sit elsewhere from the next plan on; the ranks have them already."""
+        current = command.epoch == self._group.epoch
+        if current:
+            self._group.adopt(command.placement)
+            self._load.move(command.placement)
+            self._proofs.forget()
+            self._observer.rebalanced(command.moves)
+        command.moved.set_result(current)
 
     def _send(self, events: Sequence[Event]) -> None:
         if events:

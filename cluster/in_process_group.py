@@ -38,13 +38,19 @@ class InProcessGroup:
         self._status = replace(self._status, state="ready")
         return self._num_pages
 
-    def recover(self) -> frozenset[int]:
+    def recover(self, *, anew: bool = False) -> frozenset[int]:
         self.epoch += 1
         self._thread.submit(self._worker.join, alone(), self._num_pages).result()
         return frozenset()  # it is the same process with the same pages
 
     def step(self, plan: StepPlan) -> PendingStep:
         return self._thread.submit(self._step, plan)
+
+    def fetch(self, placement: Placement) -> None:
+        self._worker.fetch(placement)
+
+    def adopt(self, placement: Placement) -> None:
+        """The plans say it."""
 
     def prepare(self, grammar: Grammar) -> None:
         self._worker.prepare(grammar)

@@ -72,4 +72,10 @@ async def _launch(config: EngineConfig, make_group: GroupFactory, observer: Obse
         "KV memory: %d tokens in %d pages, enough for %d requests of %d tokens at once",
         tokens * parallel.data, num_pages * parallel.data, tokens // min(held, tokens) * parallel.data, max_model_len,
     )  # fmt: skip
-    return Engine(config, model, group, placement, num_pages, max_model_len, tokenizer, observer)
+    engine = Engine(config, model, group, placement, num_pages, max_model_len, tokenizer, observer)
+    try:
+        await engine.proved()
+    except BaseException:
+        await engine.stop()
+        raise
+    return engine

@@ -89,6 +89,9 @@ class RankActor:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def fetch(self, placement: Placement) -> None:
+        self._worker.fetch(placement)
+
     def prepare(self, grammar: Grammar) -> None:
         self._worker.prepare(grammar)
 

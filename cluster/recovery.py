@@ -51,6 +51,11 @@ class Recovery:
         self._convicted = False
         self._suspects.cleared(event.request_id for event in events)
 
+    def proved(self) -> None:
+        """A canary found nothing wrong. If the last failure was in a request's step, that says little."""
+        if not self._suspects.any and not self._convicted:
+            self._fruitless = 0
+
     def blame(self, failure: StepFailed, keys: Collection[str]) -> list[Event]:
         """The ranks failed in a step for these requests, or between two. What to tell whoever cannot go on."""
         self._began = monotonic()
@@ -69,13 +74,13 @@ class Recovery:
         self._convicted = True
         return self._scheduler.fail(culprit, CULPRIT)
 
-    def run(self) -> None:
-        """Bring the ranks back; every sequence goes on from the tokens it has. Callers see a pause."""
+    def run(self, *, anew: bool = False) -> None:
+        """Bring the ranks back, or others; every sequence goes on from the tokens it has. Callers see a pause."""
         while True:
             self.count += 1
             self._fruitless += 1
             try:
-                lost = self._group.recover()
+                lost = self._group.recover(anew=anew)
                 break
             except StepFailed as failure:  # another rank died meanwhile
                 log.error("%s, during recovery %d", failure, self.count)

@@ -183,6 +183,13 @@ class Scheduler:
         self._under_way.append([(sequence, sequence.life) for step in steps for sequence in step.chunks])
         return plan
 
+    def canary(self) -> StepPlan:
+        """A step for nobody, in its place among the others."""
+        plan = StepPlan(self._next_step, (), canary=True)
+        self._next_step += 1
+        self._under_way.append([])
+        return plan
+
     def postprocess(self, plan: StepPlan, result: StepResult) -> list[Event]:
         """Take in what a step gave: tokens appended, finished sequences gone, pages published."""
         assert result.step == plan.step

@@ -26,6 +26,10 @@ class Suspects:
         self._crashes: dict[str, int] = {}
 
     @property
+    def any(self) -> bool:
+        return bool(self._crashes)
+
+    @property
     def alone(self) -> str | None:
         """Who must be in the next step and nobody else: whoever crashed most often, among those the first."""
         worst = max(self._crashes, key=lambda key: self._crashes[key], default=None)

@@ -55,12 +55,18 @@ class WorkerGroup(Protocol):
     def epoch(self) -> int:
         """How often the ranks were formed anew."""
 
-    def recover(self) -> frozenset[int]:
-        """After a failed step or a death: replace the ranks that are gone and form the group anew.
+    def recover(self, *, anew: bool = False) -> frozenset[int]:
+        """After a failed step or a death: replace the ranks that are gone, or all of them, and form the group anew.
 
         Weights stay where they are; sequences are forgotten, steps count from 0 again. Gives the data groups whose
         pages are gone too, because a rank of theirs was replaced. Blocks.
         """
+
+    def fetch(self, placement: Placement) -> None:
+        """Have every rank read the experts it will need, beside the steps. Blocks."""
+
+    def adopt(self, placement: Placement) -> None:
+        """Plans name this placement from now on. All ranks of this epoch have fetched it."""
 
     def prepare(self, grammar: Grammar) -> None:
         """Compile a grammar where tokens are chosen, beside the steps. Blocks; ModelError if it cannot be."""
@@ -117,11 +123,12 @@ class RayGroup:
             raise
         return self._num_pages
 
-    def recover(self) -> frozenset[int]:
+    def recover(self, *, anew: bool = False) -> frozenset[int]:
         self.epoch += 1
-        lost = self._find_lost()
+        lost = set(self._ranks) if anew else self._find_lost()
         self._give_up(lost | self._abort(self._ranks.keys() - lost))
         self._fill()
+        self.fetch(self._placement)  # some may have died between two placements
         empty = {number for number, rank in self._ranks.items() if rank.epoch < 0}
         self._form()
         if self._stopping.is_set():  # meanwhile, and what was just started must not stay
@@ -131,6 +138,12 @@ class RayGroup:
     def step(self, plan: StepPlan) -> PendingStep:
         ranks = list(self._ranks.values())
         return _RayStep(ranks, [rank.actor.step.remote(plan) for rank in ranks], self._clock, self._placement)
+
+    def fetch(self, placement: Placement) -> None:
+        results([rank.ask("beside", "fetch", placement) for rank in self._ranks.values()])
+
+    def adopt(self, placement: Placement) -> None:
+        self._placement = placement
 
     def prepare(self, grammar: Grammar) -> None:
         results([self._ranks[0].ask("beside", "prepare", grammar)])

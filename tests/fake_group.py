@@ -23,6 +23,7 @@ from cluster.messages import (
     StepTimes,
     TokenLogprob,
 )
+from cluster.placement import Placement
 
 VOCABULARY = 50
 
@@ -62,6 +63,13 @@ class FakeGroup:
         self.prepare_error: Exception | None = None
         self.slot_rows: tuple[tuple[int, ...], ...] = ()  # what every step reports, if its plan wants the load
         self.stopped = False
+        self.canaries: list[StepPlan] = []
+        self.wrong_canaries: set[int] = set()  # counted over all epochs
+        self.renewed = 0  # recoveries in which no rank was kept
+        self.fetched: Placement | None = None
+        self.placement = 0  # adopted; plans handed out before still name the one before
+        self._placement_used = 0
+        self._next_step = 0
 
     def start(self) -> int:
         return self._num_pages
@@ -70,6 +78,8 @@ class FakeGroup:
         return FakeStep(self, plan)
 
     def compute(self, plan: StepPlan) -> StepResult:
+        if plan.canary:
+            return self._prove(plan)
         if self.tickets is not None:
             self.tickets.acquire()
         if self.fail_with is not None:
@@ -81,7 +91,7 @@ class FakeGroup:
             raise TimeoutError
         if any(self.poison in chunk.token_ids for chunk in plan.chunks):
             raise StepFailed("rank 0 died during a step", "died")
-        assert plan.step == len(self.plans)
+        self._in_order(plan)
         self.plans.append(plan)
         for number in plan.releases:
             del self._states[number]
@@ -93,13 +103,21 @@ class FakeGroup:
             self._store(chunk)
         return self._result(plan)
 
-    def recover(self) -> frozenset[int]:
+    def recover(self, *, anew: bool = False) -> frozenset[int]:
         """Everything is forgotten, but for the pages of the groups that lose no rank."""
-        kept = set(self._groups) - set(self.lost)
+        kept = set() if anew else set(self._groups) - set(self.lost)
         self.epoch += 1
-        self.plans, self._states = [], {}
+        self.plans, self._states, self._next_step = [], {}, 0
+        self.renewed += anew
         self._slots = {place: held for place, held in self._slots.items() if place[0] in kept}
-        return frozenset(self.lost)
+        return frozenset(self._groups) - kept
+
+    def fetch(self, placement: Placement) -> None:
+        self.fetched = placement
+
+    def adopt(self, placement: Placement) -> None:
+        assert placement is self.fetched
+        self.placement = placement.number
 
     def prepare(self, grammar: Grammar) -> None:
         if self.prepare_error is not None:
@@ -110,6 +128,19 @@ class FakeGroup:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def _in_order(self, plan: StepPlan) -> None:
+        assert plan.step == self._next_step
+        assert self._placement_used <= plan.placement <= self.placement
+        self._placement_used = plan.placement
+        self._next_step += 1
+
+    def _prove(self, plan: StepPlan) -> StepResult:
+        self.canaries.append(plan)
+        if len(self.canaries) in self.wrong_canaries:
+            raise StepFailed("a canary found on rank 0: layer 1, experts 2 3")
+        self._in_order(plan)
+        return StepResult(plan.step, (), (), StepTimes())
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Chunks come group by group, and with several groups the plan says how many tokens each has."""

@@ -100,7 +100,7 @@ async def test_while_ranks_are_replaced_new_requests_are_told_to_come_back() -> 
     group = FakeGroup(64, 4)
     held = threading.Event()
     recover = group.recover
-    group.recover = lambda: (held.wait(), recover())[1]  # type: ignore[method-assign]
+    group.recover = lambda *, anew: (held.wait(), recover(anew=anew))[1]  # type: ignore[method-assign]
     async with running_engine(group) as engine:
         engine.rank_lost("rank 0 died", 0)
         await until(lambda: not engine.ready)

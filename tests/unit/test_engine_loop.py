@@ -5,14 +5,16 @@ from __future__ import annotations
 import queue
 import random
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
 
 import pytest
 
+from cluster.commands import Add, Died, Move
 from cluster.config import ParallelConfig, SchedulerConfig
-from cluster.engine_loop import Add, Died, EngineLoop
+from cluster.engine_loop import EngineLoop
 from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
 from cluster.messages import EngineStats, Request, SamplingParams, StepPlan, TokenEvent
@@ -33,6 +35,8 @@ class Notes(Silence):
     steps: list[StepRecord] = field(default_factory=list)
     failures: list[FailureCause] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
+    moves: list[int] = field(default_factory=list)
+    canaries: list[bool] = field(default_factory=list)
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
@@ -43,12 +47,19 @@ class Notes(Silence):
     def recovered(self, pause_s: float) -> None:
         self.pauses.append(pause_s)
 
+    def rebalanced(self, moves: int) -> None:
+        self.moves.append(moves)
+
+    def canary(self, ok: bool) -> None:
+        self.canaries.append(ok)
+
 
 class Desk:
     """Who asks the loop for tokens, and reads its answers."""
 
-    def __init__(self, group: FakeGroup) -> None:
+    def __init__(self, group: FakeGroup, parallel: ParallelConfig) -> None:
         self.group = group
+        self.load = ExpertLoad(even_placement(1, 4, parallel.ranks), 0.0)
         self.notes = Notes()
         self.pool = PagePool(64, 4, prefix_caching=True, key=b"k")
         self.scheduler = Scheduler(SchedulerConfig(8, 32, 8), [self.pool], (2,))
@@ -58,8 +69,8 @@ class Desk:
         self.loop = EngineLoop(
             self.scheduler,
             group,
-            ParallelConfig(),
-            ExpertLoad(even_placement(1, 4, 1), 0.0),
+            parallel,
+            self.load,
             lambda events: self._events.put(list(events)),
             lambda: EngineStats(self.scheduler.num_running, 0, 64, self.pool.num_held, self.scheduler.steps, 0, 0, 0),
             self.notes,
@@ -85,8 +96,8 @@ class Desk:
 
 
 @contextmanager
-def desk(group: FakeGroup | None = None) -> Iterator[Desk]:
-    made = Desk(group or FakeGroup(64, 4))
+def desk(group: FakeGroup | None = None, parallel: ParallelConfig | None = None) -> Iterator[Desk]:
+    made = Desk(group or FakeGroup(64, 4), parallel or ParallelConfig())
     try:
         yield made
     finally:
@@ -160,7 +171,7 @@ def test_what_all_ranks_had_finished_before_a_death_is_kept() -> None:
         step = group.step
 
         def step_and_die(plan: StepPlan) -> FakeStep:
-            if group.epoch == 0 and plan.step == 1:
+            if group.epoch == 0 and plan.chunks and plan.chunks[0].start == 2:
                 asked.loop.put(Died("rank 0 died", 0))  # read when the first step has been taken in
             return step(plan)
 
@@ -169,6 +180,82 @@ def test_what_all_ranks_had_finished_before_a_death_is_kept() -> None:
         assert asked.answer("a")[0] == alone((5, 6), 3)
         assert asked.notes.failures == ["died"]
         assert group.computed == 2 + 1 + 4, "the second step was taken in too: all but the last token computed again"
+
+
+def test_the_first_steps_are_canaries_and_a_slot_without_rows_gets_another() -> None:
+    group = FakeGroup(64, 4)
+    with desk(group) as asked:
+        asked.loop.wait_until_proved()
+        assert asked.loop.doubts() == []
+        assert [plan.exchange for plan in group.canaries] == ["none"]
+        asked.ask("a")
+        assert asked.answer("a")[0] == alone((5, 6), 6)
+        assert len(group.canaries) == 1, "not for every request"
+    assert asked.notes.canaries == [True]
+    assert {plan.step for plan in group.canaries} | {plan.step for plan in group.plans} == set(range(7))
+
+
+def test_with_two_exchanges_each_gets_a_canary() -> None:
+    group = FakeGroup(64, 4)
+    with desk(group, ParallelConfig(tensor=2)) as asked:
+        asked.loop.wait_until_proved()
+        assert {plan.exchange for plan in group.canaries} == {"all_reduce", "all_to_all"}
+
+
+def test_a_wrong_canary_replaces_every_rank_and_loses_nothing() -> None:
+    group = FakeGroup(64, 4)
+    group.wrong_canaries = {1}
+    with desk(group) as asked:
+        asked.ask("a")
+        assert asked.answer("a")[0] == alone((5, 6), 6)
+        assert (group.epoch, group.renewed) == (1, 1)
+        assert asked.notes.canaries == [False, True]
+
+
+def test_canaries_that_stay_wrong_end_the_engine() -> None:
+    group = FakeGroup(64, 4)
+    group.wrong_canaries = set(range(1, 100))
+    with desk(group) as asked:
+        asked.loop.wait_until_proved()
+        eventually(lambda: asked.loop.failure is not None)
+        assert "a canary found" in str(asked.loop.failure)
+
+
+def test_deaths_between_requests_do_not_add_up() -> None:
+    group = FakeGroup(64, 4)
+    with desk(group) as asked:
+        for _ in range(10):
+            asked.loop.wait_until_proved()
+            proved = len(asked.notes.canaries)
+            asked.loop.put(Died("rank 0 died", group.epoch))
+            eventually(lambda: len(asked.notes.canaries) > proved)  # noqa: B023
+        assert asked.loop.failure is None
+        assert group.epoch == 10
+
+
+def test_experts_move_between_two_steps_unless_the_ranks_were_formed_anew() -> None:
+    group = FakeGroup(64, 4)
+    with desk(group) as asked:
+        first = asked.load.placement
+        wanted = replace(first, number=1, expert_of=(tuple(reversed(first.expert_of[0])),))
+        moves: list[Future[bool]] = [Future(), Future()]
+        group.fetch(wanted)
+        step = group.step
+
+        def step_and_move(plan: StepPlan) -> FakeStep:
+            if plan.chunks and plan.chunks[0].start == 10:
+                asked.loop.put(Move(wanted, 4, 1, moves[0]))  # of an epoch that is not
+                asked.loop.put(Move(wanted, 4, 0, moves[1]))
+            return step(plan)
+
+        group.step = step_and_move  # type: ignore[method-assign]
+        asked.ask("a", max_tokens=40)
+        assert [moved.result(WAIT_S) for moved in moves] == [False, True]
+        assert asked.answer("a")[0] == alone((5, 6), 40)
+        assert asked.load.placement is wanted
+        assert asked.notes.moves == [4]
+        assert {plan.placement for plan in group.plans} == {0, 1}
+        assert group.canaries[-1].placement == 1, "what moved is proved anew"
 
 
 def eventually(holds: object) -> None:
