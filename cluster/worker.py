@@ -137,6 +137,7 @@ class Worker:
 
         Callable beside steps, from another thread. Both placements' experts are in memory until then.
         """
+        self._fetched = None
         if placement.number != self._held.placement.number:
             self._fetched = fetch(self._held, placement, self.rank, self._model_config, self._read)
 

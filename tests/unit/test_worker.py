@@ -194,9 +194,13 @@ def test_a_placement_that_was_not_fetched_is_refused(half: Worker) -> None:
         half.step(StepPlan(1, (), placement=3))
 
 
-def test_fetching_what_is_held_changes_nothing(half: Worker) -> None:
-    half.fetch(even_placement(2, 4, 2))
+def test_fetching_what_is_held_takes_back_what_was_fetched(half: Worker) -> None:
+    held = even_placement(2, 4, 2)
+    half.fetch(replace(held, number=1))
+    half.fetch(held)
     half.step(StepPlan(0, (), exchange="all_reduce", group_tokens=(0, 0)))
+    with pytest.raises(StepFailed, match="expert placement 1"):
+        half.step(StepPlan(1, (), placement=1))
 
 
 def test_pages_outlive_the_group_they_were_filled_in(worker: Worker) -> None:
