@@ -45,22 +45,23 @@ class DataGroup:
 
     def advance(self, step: GroupStep, only: str | None = None) -> list[Sequence]:
         """Put the next tokens of everybody, or of one request, into the step; whoever lost its pages over that."""
-        decodes, prompts = [], []
+        decodes: list[tuple[Sequence, int]] = []
+        prompts: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             if only is not None and sequence.key != only:
                 continue
             missing = sequence.num_missing
             if missing == 1:
-                decodes.append(sequence)
+                decodes.append((sequence, 1))
             elif missing > 1:
-                prompts.append(sequence)
+                prompts.append((sequence, missing))
         lost: list[Sequence] = []
-        for sequence in decodes:
-            if sequence.running and not self._continue(sequence, step, lost):
+        for sequence, missing in decodes:
+            if sequence.running and not self._continue(sequence, missing, step, lost):
                 self._preempt(sequence, lost)
-        for sequence in prompts:
+        for sequence, missing in prompts:
             if sequence.running:  # else an earlier one has just taken its pages
-                self._continue(sequence, step, lost)
+                self._continue(sequence, missing, step, lost)
         return lost
 
     def prefix(self, sequence: Sequence) -> list[int]:
@@ -96,7 +97,7 @@ class DataGroup:
         sequence.num_scheduled = sequence.num_accepted = min(sequence.num_stored, len(sequence.token_ids) - 1)
         bisect.insort(self.running, sequence, key=_order)
         lost: list[Sequence] = []
-        admitted = self._continue(sequence, step, lost)
+        admitted = self._continue(sequence, sequence.num_missing, step, lost)
         assert admitted
         assert not lost
 
@@ -146,9 +147,9 @@ class DataGroup:
         assert held == self.pool.references()
         assert [s.order for s in self.running] == sorted(s.order for s in self.running)
 
-    def _continue(self, sequence: Sequence, step: GroupStep, lost: list[Sequence]) -> bool:
+    def _continue(self, sequence: Sequence, missing: int, step: GroupStep, lost: list[Sequence]) -> bool:
         """Put the sequence's next tokens into the step, taking pages from whoever comes last if need be."""
-        length = min(sequence.num_missing, step.budget)
+        length = min(missing, step.budget)
         if length == 0:
             return True
         needed = self.pool.pages_for(sequence.num_scheduled + length) - len(sequence.pages)
