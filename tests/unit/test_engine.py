@@ -10,7 +10,7 @@ from time import monotonic
 import pytest
 
 from cluster.config import ParallelConfig, SchedulerConfig
-from cluster.errors import EngineDraining, QueueFull, RequestInvalid
+from cluster.errors import EngineDraining, QueueFull, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar
 from cluster.observer import Silence
 from model.errors import ModelError
@@ -180,6 +180,19 @@ async def test_encoding() -> None:
         assert rows == [[7.0], [8.0], [9.0]]
         with pytest.raises(RequestInvalid):
             await engine.encode(EncodeRequest("e", (), "all"))
+
+
+async def test_a_text_that_is_being_encoded_can_be_aborted() -> None:
+    group = FakeGroup(64, 4)
+    group.tickets = threading.Semaphore(0)
+    async with running_engine(group) as engine:
+        encoding = asyncio.ensure_future(engine.encode(EncodeRequest("e", (7, 8, 9), "all")))
+        await asyncio.sleep(0)
+        engine.abort("e")
+        group.tickets.release(9)
+        with pytest.raises(StepFailed, match="aborted"):
+            await encoding
+        assert await engine.encode(EncodeRequest("e", (7,), "last")) == [[7.0]]
 
 
 async def test_a_deadline_passes_while_waiting() -> None:

@@ -78,6 +78,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.rig.step()
 
+    @rule()
+    def canary(self) -> None:
+        self.rig.canary()
+
     @precondition(lambda self: self.rig.scheduler.keys)
     @rule(data=st.data(), steps=st.integers(1, 5))
     def step_for_one(self, data: st.DataObject, steps: int) -> None:
