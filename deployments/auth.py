@@ -20,7 +20,7 @@ class Keys:
     """The accepted keys and whose they are. Without a source every caller is accepted.
 
     The variable holds keys with commas between; the file one a line, with a name before it if the log and the limits
-    shall know it by one:  alice sk-...
+    shall know it by one:  alice sk-...  A name that begins with admin makes it a key that may change the server.
     """
 
     def __init__(self, auth: Auth, environment: Mapping[str, str]) -> None:
@@ -57,6 +57,10 @@ class Keys:
     def accept(self, authorization: str | None) -> bool:
         """Whether the header opens what needs a key; true when no keys are configured."""
         return not self.required or self.name_of(authorization) is not None
+
+    def accept_admin(self, authorization: str | None) -> bool:
+        """Whether the header opens what changes the server: a key whose name begins with admin."""
+        return not self.required or (self.name_of(authorization) or "").startswith("admin")
 
     def _refresh(self) -> None:
         if self._file is None:

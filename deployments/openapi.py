@@ -45,6 +45,7 @@ _ERROR: Json = {
 _FAILURES = {
     "400": "The request is wrong; the message names the field.",
     "401": "No valid API key.",
+    "403": "The key is not an administrator's.",
     "404": "No such model.",
     "413": "The body is too large.",
     "429": "Too many requests; Retry-After says when to come back.",
@@ -65,6 +66,7 @@ def _list_of(**properties: Json) -> Json:
 _TEXT: Json = {"type": "string"}
 _NUMBER: Json = {"type": "number"}
 _COUNT: Json = {"type": "integer", "minimum": 0}
+_RATIOS: Json = {"type": "array", "items": _NUMBER}
 _CHOICES: Json = {
     "type": "array",
     "items": _answer(index=_COUNT, finish_reason={"enum": ["stop", "length", "tool_calls"]}),
@@ -110,6 +112,8 @@ def document() -> Json:
         paths[path] = {"post": _operation(summary, answer) | {"requestBody": {"required": True, "content": content}}}
     for path, (summary, answer) in _GETS.items():
         paths[path] = {"get": _operation(summary, answer)}
+    moved = _answer(placement=_COUNT, moves=_COUNT, imbalance_before=_RATIOS, imbalance_after=_RATIOS, replica=_TEXT)
+    paths["/v1/experts/rebalance"] = {"post": _operation("Move experts to where they are used.", moved)}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     paths["/v1/models/{name}"]["get"]["parameters"] = [name]
     for probe in ("/health", "/ready"):  # what they say when it is not well is said in their own form

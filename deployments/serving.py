@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from cluster.config import SchedulerConfig
 from cluster.messages import EncodeRequest, EngineStats, ExpertsStatus, Grammar, RankStatus, Request, TokenEvent
+from cluster.rebalancing import Rebalancing
 from deployments.admission import Pace
 from deployments.live import Live
 from deployments.metrics import Metrics
@@ -86,6 +87,12 @@ class Engine(Protocol):
     def ranks(self) -> tuple[RankStatus, ...]: ...
 
     def experts(self) -> ExpertsStatus: ...
+
+    def doubts(self) -> list[str]:
+        """Expert slots and collectives that have not shown lately that they work."""
+
+    async def rebalance(self) -> Rebalancing:
+        """Move experts by the load lately. Raises EngineError where that cannot be now."""
 
     def limit(self, limits: SchedulerConfig) -> None:
         """Admit by these from now on; none is above what the engine was started with."""

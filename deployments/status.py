@@ -14,6 +14,8 @@ from deployments.openapi import document
 from deployments.prompts import check_model
 from deployments.serving import Service
 
+MAX_DOUBTS = 16  # lines that an answer names
+
 
 class Status:
     def __init__(self, service: Service, config: dict[str, Any], replica: str) -> None:
@@ -52,10 +54,11 @@ class Status:
         return JSONResponse(answer, 200 if healthy else 503)
 
     async def ready(self) -> Response:
-        if self._engine.ready:
+        doubts = self._engine.doubts()
+        if self._engine.ready and not doubts:
             return JSONResponse({"status": "ready"})
         states = {str(rank.rank): rank.state for rank in self._engine.ranks() if rank.state != "ready"}
-        return JSONResponse({"status": "not ready", "ranks_not_ready": states}, 503)
+        return JSONResponse({"status": "not ready", "ranks_not_ready": states, "unproved": doubts[:MAX_DOUBTS]}, 503)
 
     async def metrics(self) -> Response:
         text = await asyncio.to_thread(self._service.metrics.text)  # milliseconds, where there are many experts

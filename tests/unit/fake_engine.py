@@ -13,6 +13,7 @@ import httpx
 from openai import AsyncOpenAI
 
 from cluster.config import EngineConfig, SchedulerConfig
+from cluster.errors import EngineError
 from cluster.messages import (
     EncodeRequest,
     EngineStats,
@@ -25,6 +26,8 @@ from cluster.messages import (
     TokenEvent,
     TokenLogprob,
 )
+from cluster.placement import even_placement
+from cluster.rebalancing import Rebalancing
 from deployments.api import create_app
 from deployments.live import Live
 from deployments.resolve import Resolved
@@ -198,6 +201,8 @@ class FakeEngine:
         self.refuse: Callable[[Grammar], None] = lambda grammar: None  # raises where a grammar cannot be
         self.limits: SchedulerConfig | None = None
         self.stopped = False
+        self.unproved: list[str] = []
+        self.moves_refused: EngineError | None = None
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
         self.requests.append(request)
@@ -225,6 +230,14 @@ class FakeEngine:
 
     def experts(self) -> ExpertsStatus:
         return ExpertsStatus(3, 1, ranks=(((0,), (0, 1)),), load=((0.25, 0.75),), imbalance=(1.25,))
+
+    def doubts(self) -> list[str]:
+        return self.unproved
+
+    async def rebalance(self) -> Rebalancing:
+        if self.moves_refused is not None:
+            raise self.moves_refused
+        return Rebalancing(replace(even_placement(1, 2, 2), number=4), 1, (1.5,), (1.0,))
 
     def limit(self, limits: SchedulerConfig) -> None:
         self.limits = limits

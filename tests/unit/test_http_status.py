@@ -40,7 +40,10 @@ async def test_ready() -> None:
     engine = FakeEngine()
     assert await get(engine, "/ready") == (200, {"status": "ready"})
     engine.ready = False
-    assert await get(engine, "/ready") == (503, {"status": "not ready", "ranks_not_ready": {"0": "dead"}})
+    assert await get(engine, "/ready") == (
+        503,
+        {"status": "not ready", "ranks_not_ready": {"0": "dead"}, "unproved": []},
+    )
 
 
 async def test_models_have_a_length() -> None:
