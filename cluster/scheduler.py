@@ -202,9 +202,9 @@ class Scheduler:
                 continue  # it ended, or was aborted, while this step ran
             try:
                 event = self._take_in(sequence, life, chunk, result, sampled.get(sequence.number))
-            except Exception as error:  # whatever is wrong with one sequence, the others go on
+            except Exception:  # whatever is wrong with one sequence, the others go on
                 log.exception("sequence %d of request %s fails", sequence.number, sequence.key)
-                event = sequence.failure(f"internal error: {error!r}")
+                event = sequence.failure("internal error; the server's log says more")
             if event is not None:
                 events.append(event)
                 if isinstance(event, EncodeEvent) or event.finish_reason is not None:

@@ -74,6 +74,7 @@ class Sequence:
         choice: int = 0,
         leader: Sequence | None = None,
     ) -> Sequence:
+        """A text to encode, or a choice of a request; the first choice leads the others."""
         if isinstance(request, EncodeRequest):
             ids, sampling, pooling, salt = list(request.token_ids), None, request.pooling, ""
         else:

@@ -146,7 +146,8 @@ class RayGroup:
         self._placement = placement
 
     def prepare(self, grammar: Grammar) -> None:
-        results([self._ranks[0].ask("beside", "prepare", grammar)])
+        choosing = [rank for number, rank in self._ranks.items() if number % self._config.parallel.tensor == 0]
+        results([rank.ask("beside", "prepare", grammar) for rank in choosing])
 
     def ranks(self) -> tuple[RankStatus, ...]:
         age = self._clock.age()
