@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cluster.placement import Placement
+from model.backend import backend_for
 from model.config import MixtralConfig
 from model.exchange import OneRank
-from model.mixtral import Mixtral
+from model.mixtral import through_experts
 from model.weights import ExpertWeights, MixtralWeights
 
 Place = tuple[int, int]  # layer and expert
@@ -33,7 +34,7 @@ class HeldExperts:
 
 def hold(config: MixtralConfig, rank: int, placement: Placement, weights: MixtralWeights) -> HeldExperts:
     """The first placement."""
-    return HeldExperts(placement, weights, _answers(config, rank, placement, weights))
+    return HeldExperts(placement, weights, _answers(config, weights, placement.slots_of(rank)))
 
 
 def fetch(held: HeldExperts, placement: Placement, rank: int, config: MixtralConfig, read: Read) -> HeldExperts:
@@ -45,15 +46,17 @@ def fetch(held: HeldExperts, placement: Placement, rank: int, config: MixtralCon
     }
     wanted = placement.slots_of(rank)
     places = {(layer, expert) for layer, experts in enumerate(wanted) for expert in experts}
-    have |= read(sorted(places - have.keys()))
+    missing = places - have.keys()
+    have |= read(sorted(missing))
     blocks = tuple(
         replace(block, experts=tuple(have[layer, expert] for expert in experts))
         for layer, (block, experts) in enumerate(zip(held.weights.blocks, wanted, strict=True))
     )
     weights = replace(held.weights, blocks=blocks)
-    answers = _answers(config, rank, placement, weights)
+    changed = {layer for layer, _ in missing}
+    answers = _answers(config, weights, [experts if n in changed else () for n, experts in enumerate(wanted)])
     # Those of experts that stay are still the ones of their loading: a weight that changed since would show.
-    return HeldExperts(placement, weights, answers | {key: held.answers[key] for key in answers.keys() & held.answers})
+    return HeldExperts(placement, weights, answers | {key: held.answers[key] for key in places & held.answers.keys()})
 
 
 def known_row(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -61,14 +64,19 @@ def known_row(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _answers(config: MixtralConfig, rank: int, placement: Placement, weights: MixtralWeights) -> dict[Place, Tensor]:
-    model = Mixtral(config, weights)
-    row = known_row(config.hidden_size, weights.norm_D.dtype, weights.norm_D.device)
+@torch.inference_mode()
+def _answers(config: MixtralConfig, weights: MixtralWeights, slots: Sequence[tuple[int, ...]]) -> dict[Place, Tensor]:
+    """Of the experts in the slots of each layer; of a layer that is given none, none."""
+    norm_D = weights.norm_D
+    row = known_row(len(norm_D), norm_D.dtype, norm_D.device)
+    backend = backend_for(config, norm_D.device, norm_D.dtype)
     answers = {}
-    slot_S1 = torch.arange(placement.slots_per_rank, device=row.device)[:, None]
-    weight_S1 = torch.ones_like(slot_S1, dtype=torch.float32)
-    for layer, experts in enumerate(placement.slots_of(rank)):
-        x_SD = row.expand(len(experts), -1)
-        out_SD = model.probe(layer, x_SD, slot_S1, weight_S1, OneRank(len(experts)))
-        answers.update({(layer, expert): out_D for expert, out_D in zip(experts, out_SD.float(), strict=True)})
+    for layer, (block, experts) in enumerate(zip(weights.blocks, slots, strict=True)):
+        if experts:
+            exchange = backend.exchange(OneRank(len(experts)))
+            slot_S1 = torch.arange(len(experts), device=row.device)[:, None]
+            weight_S1 = torch.ones_like(slot_S1, dtype=torch.float32)
+            x_SD = row.expand(len(experts), -1)
+            out_SD = through_experts(backend.experts(block.experts), exchange, layer, x_SD, slot_S1, weight_S1)
+            answers.update({(layer, expert): out_D for expert, out_D in zip(experts, out_SD.float(), strict=True)})
     return answers

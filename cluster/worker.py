@@ -32,7 +32,7 @@ from cluster.sampling import choose, token_logprobs
 from model.checkpoint import load_experts, load_weights
 from model.comm import Groups
 from model.config import load_config
-from model.exchange import SlotLoad
+from model.exchange import OneRank, SlotLoad
 from model.grammar import CompiledGrammar, GrammarCompiler
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
@@ -103,7 +103,6 @@ class Worker:
     def join(self, groups: Groups, num_pages: int) -> None:
         """Take a place among the ranks and get ready for the first step. Pages keep what they held."""
         self._groups = groups
-        self._use(self._held)
         if self._kv is None or self._kv.num_pages != num_pages:
             self._kv = None  # its memory is free before the new one's is taken
             self._kv = KVCache(
@@ -114,6 +113,7 @@ class Worker:
                 dtype=self._dtype,
                 device=self._device,
             )
+        self._use(self._held)
         self._state = RankState(
             self._tokenizer.eos_ids,
             self._model_config.vocab_size,
@@ -130,6 +130,10 @@ class Worker:
         self._tables = SlotTables(held.placement, self._device)
         self._load = SlotLoad(self._model_config.num_hidden_layers, held.placement.slots_per_rank)
         self._canary = None
+        if self._groups.world.size == 1:
+            assert self._kv is not None
+            alone = OneRank(self._tables.num_experts, self._load)
+            self._model.capture_decode(self._kv, alone, self._config.scheduler.max_running)
 
     @torch.inference_mode()
     def fetch(self, placement: Placement) -> None:
@@ -163,11 +167,11 @@ class Worker:
         self._next_step += 1
         self._stages.start("build")
         self._settle(plan.placement)
+        assert self._kv is not None
+        step = self._state.take(plan, self._kv, self._device)
         if plan.canary:
             return self._prove(plan)
-        assert self._kv is not None
         group_tokens = plan.group_tokens or (plan.num_tokens,)
-        step = self._state.take(plan, self._kv, self._device)
         assert len(step.batch.token_ids_T) == group_tokens[self._group], "ranks would disagree about shapes"
         exchange = exchange_for(plan.exchange, self._groups, self._tables, group_tokens, self._load)
         sampling = [w for w in step.wanted if w.samples]

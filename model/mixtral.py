@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.backend import Backend, StepAttention, backend_for
+from model.backend import Backend, Experts, StepAttention, backend_for
 from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
@@ -133,10 +133,9 @@ class Mixtral:
     @torch.inference_mode()
     def probe(self, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor, exchange: Exchange) -> Tensor:
         """What one block's experts give for rows that somebody else has routed, (S, D)."""
-        exchange = self._backend.exchange(exchange)
-        dispatched = exchange.dispatch(layer, x_SD, expert_SK, weight_SK)
-        combined = exchange.combine(dispatched, self._blocks[layer].experts(dispatched))
-        return combined if combined.dim() == 2 else combined.sum(1)  # a device leaves each row's K parts to be added
+        return through_experts(
+            self._blocks[layer].experts, self._backend.exchange(exchange), layer, x_SD, expert_SK, weight_SK
+        )
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
         embedding_VD = self._weights.embedding_VD
@@ -150,6 +149,15 @@ class Mixtral:
         x_TD = self._tensor.all_reduce(x_TD)
         self._stages.start("head")
         return x_TD
+
+
+def through_experts(
+    experts: Experts, exchange: Exchange, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor
+) -> Tensor:
+    """There and back, without a model around them. (S, D)."""
+    dispatched = exchange.dispatch(layer, x_SD.contiguous(), expert_SK, weight_SK)
+    combined = exchange.combine(dispatched, experts(dispatched))
+    return combined if combined.dim() == 2 else combined.sum(1)  # a device leaves each row's K parts to be added
 
 
 @dataclass(frozen=True, slots=True)
