@@ -29,7 +29,7 @@ class Expected:
     def holds(self, path: Path) -> bool:
         if not path.is_file() or path.stat().st_size != self.size:
             return False
-        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(f"blob {self.size}\0".encode())  # noqa: S324
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(f"blob {self.size}\0".encode())  # noqa: S324  git's
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)

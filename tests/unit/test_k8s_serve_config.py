@@ -1,0 +1,153 @@
+"""The application that each overlay serves: serve_config.yaml but for what is listed here, on pods that can hold it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.autoscaling import Policy
+from deployments.layout import Machine
+from deployments.resolve import Resolved, resolve
+from deployments.settings import load
+from tests.tiny import CONFIG
+from tests.unit.test_k8s_manifests import cluster, ranks, ray
+
+ROOT = Path(__file__).parents[2]
+MIXTRAL_8X7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
+REAL = {
+    "model": "/models/Mixtral-8x7B-Instruct-v0.1",
+    "served_model_name": "mixtral-8x7b-instruct",
+    "device": "cuda",
+    "auth.api_keys_file": "/secrets/api-keys/keys",
+}
+BF16 = REAL | {"dtype": "bfloat16"}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cpu-demo": {"device": "cpu"},
+    "h100x1-int4": REAL | {"quantization": "int4"},
+    "h100x8": BF16 | {"parallel.tensor": 8, "parallel.expert": 8},
+    "h200x1-bf16": BF16,
+    "multinode": BF16 | {"parallel.tensor": 8, "parallel.data": 2, "parallel.expert": 16},
+    "autoscale": BF16,
+}
+GRACE_S = 45  # that KubeRay and Serve need beside the answers
+
+pytestmark = pytest.mark.parametrize("overlay", OVERRIDES)
+
+
+def serve_yaml(overlay: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "k8s/overlays" / overlay / "serve.yaml").read_text())
+    return config
+
+
+def application(config: dict[str, Any]) -> dict[str, Any]:
+    (one,) = config["applications"]
+    return dict(one)
+
+
+def deployment(overlay: str) -> dict[str, Any]:
+    (one,) = application(serve_yaml(overlay))["deployments"]
+    return dict(one)
+
+
+def replicas(overlay: str) -> tuple[int, int]:
+    """Least and most."""
+    scaling = deployment(overlay).get("autoscaling_config")
+    if scaling is None:
+        number = deployment(overlay)["num_replicas"]
+        return number, number
+    return scaling["min_replicas"], scaling["max_replicas"]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values
+
+
+def resolved(overlay: str, tmp_path: Path) -> Resolved:
+    """As build() makes it on the head, with the shape of the real model."""
+    args = dict(application(serve_yaml(overlay))["args"])
+    if args["model"] != "demo":
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | MIXTRAL_8X7B))
+        args["model"] = str(tmp_path)
+    return resolve(load(args), Machine(cores=8, gpus=0, may_grow=True))
+
+
+def test_it_is_serve_config_but_for_what_is_listed(overlay: str) -> None:
+    shipped = application(yaml.safe_load((ROOT / "serve_config.yaml").read_text()))
+    ours = application(serve_yaml(overlay))
+    for name in ("name", "route_prefix", "import_path"):
+        assert ours[name] == shipped[name]
+    before, after = (flat(load(each["args"]).model_dump()) for each in (shipped, ours))
+    assert {path: value for path, value in after.items() if value != before[path]} == OVERRIDES[overlay]
+
+
+def test_it_is_what_the_cluster_gets(overlay: str) -> None:
+    assert yaml.safe_load(ray(overlay)["serveConfigV2"]) == serve_yaml(overlay)
+
+
+# Ray Serve's own, at its first import.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+def test_there_are_nodes_for_every_replica(overlay: str, tmp_path: Path) -> None:
+    from deployments.app import bind, bundles
+
+    result = resolved(overlay, tmp_path)
+    wanted = bundles(result.engine)
+    group, (least, most) = ranks(overlay), replicas(overlay)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus, cpus = int(limits.get("nvidia.com/gpu", 0)), int(limits["cpu"])
+    gpus_each = sum(bundle.get("GPU", 0) for bundle in wanted)
+    assert group["maxReplicas"] * gpus >= most * gpus_each
+    assert group["minReplicas"] * gpus >= least * gpus_each
+    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    pods_each = -(-int(gpus_each) // gpus) if gpus else 1
+    assert group["maxReplicas"] >= most * pods_each
+    assert sum(bundle["CPU"] for bundle in wanted) <= cpus * pods_each
+    assert all(bundle["CPU"] <= cpus and bundle.get("GPU", 0) <= gpus for bundle in wanted)
+    said = deployment(overlay).get("max_ongoing_requests")
+    assert said in (None, bind(result)._bound_deployment.max_ongoing_requests)
+
+
+def test_nothing_ends_a_stream_before_its_deadline(overlay: str) -> None:
+    longest = load(application(serve_yaml(overlay))["args"]).limits.request_timeout_s
+    spec = ranks(overlay)["template"]["spec"]
+    environment = {one["name"]: one["value"] for one in spec["containers"][0]["env"]}
+    drains = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert longest + GRACE_S <= drains < spec["terminationGracePeriodSeconds"]
+    assert ray(overlay)["rayClusterDeletionDelaySeconds"] >= longest + GRACE_S
+    assert "request_timeout_s" not in serve_yaml(overlay)["http_options"], "it would cut healthy streams"
+
+
+def test_autoscaling_fires_and_has_room(overlay: str) -> None:
+    least, most = replicas(overlay)
+    scales = bool(cluster(overlay).get("enableInTreeAutoscaling", False))
+    assert scales is (most > least)
+    group = ranks(overlay)
+    assert (group["maxReplicas"] > group["minReplicas"]) is scales
+    if not scales:
+        return
+    assert least >= 2, "with one replica an upgrade or a lost node is an outage"
+    config = deployment(overlay)["autoscaling_config"]
+    limits = load(application(serve_yaml(overlay))["args"]).scheduler
+    assert config["target_ongoing_requests"] < limits.max_running, "else requests queue before it fires"
+    module, _, name = config["policy"]["policy_function"].partition(":")
+    assert (module, name) == (Policy.__module__, Policy.__name__)
+    Policy(**config["policy"]["policy_kwargs"])
+    upgrade = ray(overlay)["upgradeStrategy"]
+    assert upgrade["type"] == "NewClusterWithIncrementalUpgrade"
+    assert cluster(overlay)["autoscalerOptions"]["version"] == "v2"
