@@ -29,6 +29,7 @@ def test_linear_multiplies_with_the_transpose(packing: bool, rows: int, dtype: t
     assert (linear.in_features, linear.out_features) == (24, 40)
     torch.testing.assert_close(linear(x_TI), functional.linear(x_TI, weight_OI), rtol=tolerance, atol=tolerance)
     assert torch.equal(linear.weight_OI, weight_OI)
+    assert linear.nbytes == weight_OI.nbytes
 
 
 def test_linear_takes_rows_that_are_not_contiguous(packing: bool) -> None:

@@ -39,6 +39,9 @@ def test_it_multiplies_with_what_the_weight_stands_for(
     assert found_TO.dtype == dtype
     torch.testing.assert_close(found_TO, expected_TO, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert torch.equal(linear.weight_OI, weight.dequantize(dtype))
+    # torch's int4 kernel wants a zero point beside each scale.
+    zeros = weight.scale_OG.nbytes if isinstance(linear, Int4Linear) else 0
+    assert linear.nbytes == weight.nbytes + zeros
 
 
 def test_kernels_are_taken_where_they_are_exact_and_fast() -> None:
