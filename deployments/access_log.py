@@ -124,12 +124,15 @@ def _line(scope: Scope, record: Record, status: int | None, complete: bool) -> s
     return json.dumps(fields, separators=(",", ":"))
 
 
-def keep(where: str | None) -> None:
-    """Where lines go: stdout, a file that is appended to, or nowhere. Called once, when a replica starts."""
+def keep(where: str | None, stdout: Path | None = None) -> None:
+    """Where lines go: stdout, a file that is appended to, or nowhere. Called once, when a replica starts.
+
+    stdout: the file that stands for it, where this process's own is not what a person would look at.
+    """
     if where is None:
         handler: logging.Handler = logging.NullHandler()
     elif where == STDOUT:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = logging.StreamHandler(sys.stdout) if stdout is None else logging.FileHandler(stdout)
     else:
         try:
             handler = logging.FileHandler(Path(where).expanduser(), encoding="utf-8")

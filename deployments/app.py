@@ -8,6 +8,7 @@ Says what a replica needs of the cluster: one bundle per rank, the ingress in th
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,7 +39,8 @@ def machine(*, may_grow: bool) -> Machine:
     return Machine(cores, int(sum(node.get("GPU", 0) for node in nodes)), may_grow, all_cores)
 
 
-def bind(resolved: Resolved) -> Application:
+def bind(resolved: Resolved, stdout: Path | None = None) -> Application:
+    """stdout: where replicas write what is meant for stdout; None: to their own, which Ray keeps in a file."""
     settings, engine = resolved.settings, resolved.engine
     scaling = settings.autoscaling
     if scaling.min_replicas == scaling.max_replicas:
@@ -60,7 +62,7 @@ def bind(resolved: Resolved) -> Application:
         max_constructor_retry_count=1,  # what fails at start fails again: say so at once
         **replicas,
     )
-    return deployment.bind(resolved)
+    return deployment.bind(resolved, stdout)
 
 
 def bundles(engine: EngineConfig) -> list[dict[str, float]]:

@@ -11,18 +11,12 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import os
-import re
-import shutil
-import signal
 import socket
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from deployments import convert, plan, quantize
 from deployments.batch import BatchStopped, run_batch
@@ -31,11 +25,11 @@ from deployments.collectives import MAX_RANKS, examine_collectives
 from deployments.config_file import ConfigFile, HttpOptions, read_config_file
 from deployments.doctor import examine, page
 from deployments.layout import Machine
+from deployments.local_ray import access_log_here, drain, own_ray, why_it_failed
 from deployments.resolve import Resolved, resolve
 from deployments.settings import Auth, Settings, SettingsError, environment, load
 
 CONFIG_HELP = "a Serve config file; without one, the defaults"
-OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
 
 SERVE_HELP = """\
 Serve a Mixtral model with an OpenAI-compatible API on this machine.
@@ -96,7 +90,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str) -> int:
     """Serve until interrupted; the exit status."""
-    with _own_ray():
+    with own_ray() as directory, access_log_here(directory) as access_log:
         from ray import serve
 
         from deployments.app import bind, machine
@@ -105,15 +99,15 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
         print(resolved.table(), flush=True)
         serve.start(proxy_location="HeadOnly", http_options=address.model_dump())
         try:
-            serve.run(bind(resolved), name=name, route_prefix=route_prefix)
+            serve.run(bind(resolved, stdout=access_log), name=name, route_prefix=route_prefix)
         except RuntimeError as error:
-            raise SettingsError(f"the model could not be started: {_reason(name) or error}") from None
+            raise SettingsError(f"the model could not be started: {why_it_failed(name) or error}") from None
         try:
             print(f"\n{greeting(resolved, address, route_prefix)}", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print("\nFinishing the answers that run; Ctrl-C again ends them now.", file=sys.stderr, flush=True)
-            _drain(name)
+            drain(name)
     return 0
 
 
@@ -129,7 +123,7 @@ def _batch(options: argparse.Namespace) -> int:
         failed = 0
         if already < len(entries):
             one_rank = resolved.engine.parallel.tensor == 1
-            with contextlib.nullcontext() if one_rank else _own_ray():
+            with contextlib.nullcontext() if one_rank else own_ray():
                 failed = asyncio.run(_answer_all(resolved, options, entries, output))
     answered = len(output.done) - already
     print(f"{answered} requests answered, {failed} of them with an error; {already} were answered before.")
@@ -178,68 +172,6 @@ def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str
         f"{resolved.model_names[0]} answers at {url} (Ctrl-C ends it). Try:\n\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )
-
-
-@contextlib.contextmanager
-def _own_ray() -> Iterator[None]:
-    import ray
-    import ray.serve  # its import sets the level of its logger, so it comes before ours
-
-    # Not below TMPDIR: paths of sockets may have 107 characters, and Ray's own part takes most of them.
-    directory = tempfile.mkdtemp(prefix="mixtral-", dir="/tmp")
-    for logger in ("ray", "ray.serve"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=directory,
-        )
-        _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)  # again: Ray has put its own handler there
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _reason(application: str) -> str | None:
-    """Why the application failed, from Serve's status: what serve.run raises does not say.
-
-    The status holds a whole traceback, and its last line at the margin begins with the exception's name.
-    """
-    from ray import serve
-
-    status = serve.status().applications.get(application)
-    messages = [deployment.message for deployment in status.deployments.values()] if status else []
-    for message in messages:
-        lines = [line for line in message.splitlines() if re.match(r"[A-Za-z_][\w.]*: ", line)]
-        if lines:
-            return lines[-1].partition(": ")[2]
-    return None
-
-
-def _drain(application: str) -> None:
-    """Take the application away, which waits for its answers. They have a deadline each, so this ends."""
-    from ray import serve
-
-    while True:
-        try:
-            serve.delete(application)
-        except TimeoutError:
-            continue
-        return
-
-
-def _treat_as_interrupt(*signals: signal.Signals) -> None:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    for each in signals:
-        signal.signal(each, interrupt)
 
 
 def _check_port_free(address: HttpOptions) -> None:

@@ -8,6 +8,7 @@ answer is out.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -27,12 +28,12 @@ logger = logging.getLogger("ray.serve")  # what Serve shows and keeps per replic
 
 
 class Ingress:
-    def __init__(self, resolved: Resolved) -> None:
+    def __init__(self, resolved: Resolved, stdout: Path | None = None) -> None:
         self._resolved = resolved
         self._engine: Engine | None = None
         self._metrics: Metrics | None = None
         self._live = Live(resolved.settings, environment())
-        access_log.keep(resolved.settings.access_log)
+        access_log.keep(resolved.settings.access_log, stdout)
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Serve's, before the first request and whenever the operator has changed user_config."""

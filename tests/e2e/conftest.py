@@ -1,8 +1,9 @@
 """What the files of this folder share: a tiny checkpoint, and the servers (fleet.py).
 
-server       one rank, no keys            two_ranks    with a key
-each_server  both of these, in turn       demo         as a newcomer starts it
-broken       cannot start                 serve_run    Serve's own command with the shipped file
+server            one rank, no keys         two_ranks   with a key
+each_server       both of these, in turn    demo        as a newcomer starts it
+broken            cannot start              serve_run   Serve's own command with the shipped file
+direct_streaming  server and client together in a network namespace of their own
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ import yaml
 from tests.e2e.fleet import Fleet, Kind
 from tests.e2e.server import REPOSITORY, Server, answers, eventually, free_port, mixtral_serve
 from tests.tiny import write_checkpoint
+
+NAMESPACE = ("unshare", "--map-root-user", "--net")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -79,6 +83,7 @@ def fleet(
         "two_ranks": Kind(lambda: mixtral_serve(*pair, environment={"KEYS": "open-sesame"}, key="open-sesame")),
         "demo": Kind(mixtral_serve),
         "broken": Kind(lambda: mixtral_serve("--model", str(broken_checkpoint)), Server.wait),
+        "direct_streaming": Kind(lambda: _in_namespace(checkpoint), Server.wait),
         "serve_run": Kind(lambda: _serve_run(run_file, checkpoint, ray_directory), _ready),
     }
     asked = {fixture for item in request.session.items for fixture in item.fixturenames}
@@ -120,6 +125,13 @@ def serve_run(fleet: Fleet) -> Server:
     return fleet["serve_run"]
 
 
+@pytest.fixture(scope="session")
+def direct_streaming(fleet: Fleet) -> Server:
+    if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
+        pytest.skip(f"{' '.join(NAMESPACE)} is refused here")
+    return fleet["direct_streaming"]
+
+
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with server.client() as client:
@@ -130,6 +142,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def each_client(each_server: Server) -> Iterator[openai.OpenAI]:
     with each_server.client() as client:
         yield client
+
+
+def _in_namespace(checkpoint: Path) -> Server:
+    return Server([*NAMESPACE, sys.executable, "-m", "tests.e2e.direct_streaming", str(checkpoint)], 0)
 
 
 def _serve_run(file: Path, checkpoint: Path, ray_directory: str) -> Server:

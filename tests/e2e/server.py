@@ -20,6 +20,7 @@ import openai
 REPOSITORY = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+RUN_TIMEOUT_S = 180  # of a command that ends by itself
 
 
 def free_port() -> int:
@@ -85,7 +86,7 @@ class Server:
 
     def wait(self) -> int:
         """The exit status, once the process has ended by itself. The output is complete then."""
-        status = self.process.wait(STOP_TIMEOUT_S)
+        status = self.process.wait(RUN_TIMEOUT_S)
         self._reader.join(STOP_TIMEOUT_S)
         while not self._lines.empty():
             self.output += self._lines.get() or ""

@@ -126,15 +126,17 @@ def test_a_rank_that_dies_costs_no_token(two_ranks: Server) -> None:
 
 def test_ctrl_c_finishes_answers_and_a_second_one_does_not(demo: Server) -> None:
     """The clean end without a second one is how every other server here is ended."""
+    assert '"route":"/v1/completions"' not in demo.output
     demo_long = LONG | {"model": "mixtral-demo"}
     belongings = demo.belongings()
     assert belongings
     with demo.client() as client:
-        short, long = (iter(client.completions.create(**demo_long | {"max_tokens": most})) for most in (200, 1500))
+        short, long = (iter(client.completions.create(**demo_long | {"max_tokens": most})) for most in (50, 1500))
         next(short), next(long)
         demo.interrupt()
         demo.wait_for("Ctrl-C again")
         assert [chunk.choices[0].finish_reason for chunk in short][-1] == "length"
+        demo.wait_for('"route":"/v1/completions"')  # the access log comes to this terminal
         next(long)
         demo.interrupt()
         assert demo.wait() == 130

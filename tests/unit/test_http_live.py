@@ -39,7 +39,7 @@ async def test_a_limit_changes_under_a_running_server() -> None:
 
 
 async def test_the_engine_admits_by_the_limits_that_were_changed_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "keep", lambda where: None)  # there is one log in a process
+    monkeypatch.setattr(access_log, "keep", lambda *_: None)  # there is one log in a process
     ingress, engine = Ingress(resolved(load({"scheduler": {"max_running": 8}}))), FakeEngine()
     monkeypatch.setattr(ingress, "_engine", engine)  # as once it has been launched
     ingress.reconfigure({"scheduler": {"max_running": 4, "max_waiting": 0}})
@@ -92,7 +92,7 @@ async def test_a_change_that_cannot_be(user_config: dict[str, Any], message: str
 
 
 def test_a_replica_does_not_start_with_a_wrong_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "keep", lambda where: None)  # there is one log in a process
+    monkeypatch.setattr(access_log, "keep", lambda *_: None)  # there is one log in a process
     ingress = Ingress(resolved(load({"access_log": None})))
     with pytest.raises(SettingsError, match="user_config"):
         ingress.reconfigure({"limits": {"max_n": 0}})

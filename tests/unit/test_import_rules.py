@@ -25,6 +25,7 @@ ONLY_IN = {
         "deployments/app.py",
         "deployments/cli.py",
         "deployments/ingress.py",
+        "deployments/local_ray.py",
         "deployments/ray_metrics.py",
     },
     "torch.distributed": {"cluster/process_group.py", "cluster/transport"},

@@ -1,0 +1,127 @@
+"""A Ray of this command's own, on this machine, that is gone without a trace when the command ends.
+
+Ray gives the output of its processes to files below its directory, which nobody looks for there and which go with it.
+So the access log, where it is meant for stdout, comes back through a named pipe and out of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
+PIPE_ENDS = "\n"  # no line of the log is empty
+
+
+@contextlib.contextmanager
+def own_ray() -> Iterator[Path]:
+    """Its directory."""
+    import ray
+    import ray.serve  # its import sets the level of its logger, so it comes before ours
+
+    # Not below TMPDIR: paths of sockets may have 107 characters, and Ray's own part takes most of them.
+    directory = Path(tempfile.mkdtemp(prefix="mixtral-", dir="/tmp"))
+    for name, value in _direct_streaming(directory / "proxy").items():
+        os.environ.setdefault(name, value)
+    for logger in ("ray", "ray.serve"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(directory),
+        )
+        _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)  # again: Ray has put its own handler there
+        yield directory
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _direct_streaming(directory: Path) -> dict[str, str]:
+    """What Ray's processes find in their environment, should Serve be told to use HAProxy."""
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{directory}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{directory}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{directory}",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{directory}/server-state",
+        # The 30 s for balancers in front to look elsewhere: there are none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+
+
+@contextlib.contextmanager
+def access_log_here(directory: Path) -> Iterator[Path]:
+    """A named pipe, whose lines go to this process's stdout."""
+    pipe = directory / "access.pipe"
+    os.mkfifo(pipe)
+    # Open to write as well: the pipe does not end with the last replica that writes to it.
+    descriptor = os.open(pipe, os.O_RDWR)
+    with os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace") as lines:
+        copying = threading.Thread(target=_copy, args=(lines,), name="access-log", daemon=True)
+        copying.start()
+        try:
+            yield pipe
+        finally:
+            os.write(descriptor, PIPE_ENDS.encode())
+            copying.join()
+            os.close(descriptor)
+
+
+def _copy(lines: Iterator[str]) -> None:
+    """Goes on when nobody reads stdout any more: whoever writes to a full pipe waits."""
+    for line in lines:
+        if line == PIPE_ENDS:
+            return
+        with contextlib.suppress(OSError):
+            print(line, end="", flush=True)
+
+
+def why_it_failed(application: str) -> str | None:
+    """From Serve's status: what serve.run raises does not say.
+
+    The status holds a whole traceback, and its last line at the margin begins with the exception's name.
+    """
+    from ray import serve
+
+    status = serve.status().applications.get(application)
+    messages = [deployment.message for deployment in status.deployments.values()] if status else []
+    for message in messages:
+        lines = [line for line in message.splitlines() if re.match(r"[A-Za-z_][\w.]*: ", line)]
+        if lines:
+            return lines[-1].partition(": ")[2]
+    return None
+
+
+def drain(application: str) -> None:
+    """Take the application away, which waits for its answers. They have a deadline each, so this ends."""
+    from ray import serve
+
+    while True:
+        try:
+            serve.delete(application)
+        except TimeoutError:
+            continue
+        return
+
+
+def _treat_as_interrupt(*signals: signal.Signals) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
