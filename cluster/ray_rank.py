@@ -130,6 +130,21 @@ def create(config: EngineConfig, placement_group: Any, bundle: int) -> Any:
     return ray.remote(**options)(RayRank).remote(config)
 
 
+def bundles_of_ranks(placement_group: Any, ranks: int) -> list[int]:
+    """The bundle of each rank. The first rank's is the first; from there ranks of one node are neighbours."""
+    from ray.util.placement_group import placement_group_table
+
+    if placement_group is None:
+        return list(range(ranks))
+    nodes = placement_group_table(placement_group)["bundles_to_node_id"]
+    return node_by_node([nodes[bundle] for bundle in range(ranks)])
+
+
+def node_by_node(nodes: Sequence[str]) -> list[int]:
+    """Bundles in the order of their nodes, nodes in that of their first bundles: [a b a c b] -> [0 2 1 4 3]."""
+    return sorted(range(len(nodes)), key=lambda bundle: nodes.index(nodes[bundle]))
+
+
 def ended(references: Sequence[Any], timeout_s: float = 0.0, at_least: int | None = None) -> list[Any]:
     """Those of the calls that have ended, one way or the other. Waits for all of them, or for so many."""
     import ray

@@ -21,7 +21,7 @@ from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
 from cluster.observer import FailureCause
 from cluster.placement import Placement
 from cluster.process_group import Transport
-from cluster.ray_rank import Rank, create, ended, failed, results
+from cluster.ray_rank import Rank, bundles_of_ranks, create, ended, failed, results
 from cluster.results import merge
 from cluster.step_clock import StepClock
 from cluster.transport import shared_memory
@@ -89,13 +89,14 @@ class RayGroup:
         placement: Placement,
         tokens_per_sequence: int,
         *,
-        placement_group: Any = None,  # bundle r holds rank r; None: wherever Ray finds room
+        placement_group: Any = None,  # with a bundle for each rank; None: wherever Ray finds room
         on_loss: OnLoss,  # called from the watching thread
     ) -> None:
         self._config = config
         self._placement = placement
         self._tokens_per_sequence = tokens_per_sequence
         self._placement_group = placement_group
+        self._bundles: list[int] = []  # of each rank; stays, whatever node Ray moves a bundle to
         self._on_loss = on_loss
         self._clock = StepClock()
         self._ranks: Mapping[int, Rank] = {}  # in order; replaced, never changed, since other threads look at it
@@ -105,6 +106,7 @@ class RayGroup:
 
     def start(self) -> int:
         threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
+        self._bundles = bundles_of_ranks(self._placement_group, self._config.parallel.ranks)
         try:
             for tries_left in reversed(range(START_TRIES)):
                 try:
@@ -165,7 +167,9 @@ class RayGroup:
     def _fill(self) -> None:
         """Start the ranks that are missing, and wait until all have loaded."""
         missing = {n for n in range(self._config.parallel.ranks) if n not in self._ranks or self._ranks[n].lost}
-        made = {n: Rank(n, create(self._config, self._placement_group, n), self._placement) for n in missing}
+        made = {
+            n: Rank(n, create(self._config, self._placement_group, self._bundles[n]), self._placement) for n in missing
+        }
         self._ranks = dict(sorted({**self._ranks, **made}.items()))
         loading = [rank for rank in self._ranks.values() if rank.facts is None]
         self._wait_for_room(loading)

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import save_file
 
 from cluster import worker_group
@@ -46,12 +48,15 @@ async def test_every_layout_answers_like_one_process(
         ParallelConfig(data=2, cpus_per_rank=0.5),
         ParallelConfig(2, 2, expert=2, spare_slots=1, exchange="all_to_all", cpus_per_rank=0.25),
     ):
-        engine = await launch(EngineConfig(checkpoint, parallel=parallel))
+        room = placement_group([{"CPU": parallel.cpus_per_rank}] * parallel.ranks, strategy="PACK")
+        ray.get(room.ready())
+        engine = await launch(EngineConfig(checkpoint, parallel=parallel), room)
         try:
             assert await answers(engine) == expected
             assert len(engine.ranks()) == parallel.ranks
         finally:
             await engine.stop()
+            remove_placement_group(room)
     assert re.search(r"loading: rank \d \(pid \d+ on .*\) \d+%", caplog.text)
     assert caplog.text.count("GB/s") == 2 + 4
 
