@@ -3,6 +3,7 @@
     QuantizedLinear   any mode, any device    some rows of the weight are dequantised, multiplied with, forgotten
     Int8Linear        int8 on a CPU           torch's kernel for few rows of x, else as above
     Int4Linear        int4 on a CPU           torch's kernel for any number of rows
+    KernelLinear      any mode on a GPU       our own kernel for few rows of x, else as above
     Fp8Linear         fp8 on Hopper           rows of x are rounded to fp8 too, and multiplied as they are
 
 The first is the reference of the others. torch's two CPU kernels are fast in bfloat16 alone and private to torch, so
@@ -13,12 +14,18 @@ T: rows of x.  O, I: features out and in.  G: groups of a row.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from model.layers import Linear
 from model.quantization import FP8_MAX, QuantizedWeight
+
+if TYPE_CHECKING:
+    from model.kernels.weight_tiles import WeightStack
 
 # Weights that are dequantised at once. On a CPU they stay in its cache on the way into the product (measured: four
 # times as many or a quarter take longer); elsewhere a matrix is a few pieces, so that its plain form is no burden.
@@ -30,6 +37,8 @@ INT8_KERNEL_ROWS = 64
 # It reads x in pieces of as many bytes and ends the process where one is not aligned to them.
 INT8_KERNEL_ALIGNMENT = 32
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)
+# Rows that our own kernel takes: beyond, the plain weights' way through memory costs less than the product.
+KERNEL_ROWS = 64
 
 
 def make_quantized_linear(weight: QuantizedWeight, dtype: torch.dtype) -> Linear:
@@ -42,6 +51,8 @@ def make_quantized_linear(weight: QuantizedWeight, dtype: torch.dtype) -> Linear
             return Int4Linear(weight)
         case "fp8", "cuda" if has_fp8_kernel(weight, dtype):
             return Fp8Linear(weight)
+        case _, "cuda" if find_spec("triton") is not None:
+            return KernelLinear(weight, dtype)
     return QuantizedLinear(weight, dtype)
 
 
@@ -110,6 +121,22 @@ class Int4Linear:
     def weight_OI(self) -> Tensor:
         """What the kernel makes of the identity: each weight exactly, times one."""
         return self(torch.eye(self.in_features, dtype=torch.bfloat16)).T
+
+
+class KernelLinear(QuantizedLinear):
+    """For few rows of x, the kernel of model/kernels/quantized_product.py: each weight is read once, packed."""
+
+    _stack: WeightStack | None = None  # what the kernel reads, from the first call on
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        if len(x_TI) > KERNEL_ROWS:
+            return super().__call__(x_TI)
+        from model.kernels.quantized_product import quantized_product
+        from model.kernels.weight_tiles import WeightStack
+
+        if self._stack is None:
+            self._stack = WeightStack.of_one(self.weight)
+        return quantized_product(x_TI.contiguous(), self._stack)
 
 
 class Fp8Linear:

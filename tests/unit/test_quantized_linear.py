@@ -10,7 +10,15 @@ from torch.nn import functional
 
 from model import quantized_linear
 from model.quantization import Mode, QuantizedWeight, quantize
-from model.quantized_linear import Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear, make_quantized_linear
+from model.quantized_linear import (
+    KERNEL_ROWS,
+    Fp8Linear,
+    Int4Linear,
+    Int8Linear,
+    KernelLinear,
+    QuantizedLinear,
+    make_quantized_linear,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +74,17 @@ def test_a_torch_without_the_kernels_still_multiplies(monkeypatch: pytest.Monkey
     monkeypatch.setattr("model.quantized_linear.has_int4_kernel", lambda weight, dtype: False)
     for mode in MODES:
         assert type(make_quantized_linear(make(mode), torch.bfloat16)) is QuantizedLinear
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [0, 2, KERNEL_ROWS + 1])
+def test_our_own_kernel_multiplies_the_same(mode: Mode, rows: int) -> None:
+    pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
+    weight = make(mode)
+    x_TI = torch.randn(rows, 200, generator=torch.Generator().manual_seed(rows))[:, 10:138]
+    linear = KernelLinear(weight, torch.float32)
+    for _ in range(2):
+        torch.testing.assert_close(linear(x_TI), QuantizedLinear(weight, torch.float32)(x_TI), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
