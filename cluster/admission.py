@@ -33,20 +33,23 @@ def choose_place(
 ) -> Place | None:
     """Of the groups that are not crowded the one with the longest prefix, then the most free pages, then the first.
 
-    None: the sequence has to wait.
+    A choice goes where its prompt's pages are: if there are enough for it, it waits for a step with tokens to spare,
+    since elsewhere each choice would compute the prompt again. None: the sequence has to wait.
     """
     if groups[0].pool.prefix_caching and not sequence.wants_all_rows:
         groups[0].pool.extend(sequence.digests, sequence.token_ids, sequence.salt)
     crowd = min(len(group.running) for group in groups) + CROWD
     best, merit = None, (False, 0, -1)
     for group, step in zip(groups, steps, strict=True):
-        if not step.budget:
+        leads = sequence.leader is not None and group.has_prompt_of(sequence.leader)
+        if not step.budget and not leads:
             continue
         pages = group.prefix(sequence)
         if not group.fits(sequence, pages, max_step_tokens):
             continue
-        leads = sequence.leader is not None and group.has_prompt_of(sequence.leader)
-        this = (leads or len(group.running) < crowd, len(pages), group.pool.num_available)
+        if leads:
+            return Place(group, step, pages) if step.budget else None
+        this = (len(group.running) < crowd, len(pages), group.pool.num_available)
         if this > merit:
             best, merit = Place(group, step, pages), this
     return best

@@ -160,6 +160,7 @@ class DataGroup:
                 needed = self.pool.num_available
                 length = (len(sequence.pages) + needed) * self.pool.page_size - sequence.num_scheduled
                 if length == 0:
+                    assert len(self.running) > 1, "a sequence that is longer than all pages was taken in"
                     return False
                 break
             self._preempt(victim, lost)

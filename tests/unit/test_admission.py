@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cluster.admission import CROWD
 from cluster.messages import StepPlan
 from tests.unit.scheduler_rig import Rig, alone
@@ -79,6 +81,21 @@ def test_choices_go_where_their_prompt_is() -> None:
         rig.run()
         assert rig.scheduler.prompt_tokens == 4 + len(PROMPT) + CROWD + 3
         assert rig.of("r", CROWD) == alone(PROMPT, 5, CROWD)
+
+
+@pytest.mark.parametrize(("num_pages", "group"), [(64, 1), (11, 0)])
+def test_a_choice_waits_where_its_prompt_is_for_tokens_but_not_for_pages(num_pages: int, group: int) -> None:
+    rig = Rig(groups=2, num_pages=num_pages, budget=8, prefix=False)
+    rig.add("elsewhere", [9] * 20, max_tokens=20, ignore_eos=True)
+    rig.add("r", PROMPT[:8], n=2, max_tokens=30, ignore_eos=True)
+    rig.step()
+    rig.step()
+    rig.add("long", [7] * 30, max_tokens=14, ignore_eos=True, priority=-1)  # takes what each step has left
+    assert groups_of(rig.step()) == [1]
+    starts = [start for _ in range(12) if (plan := rig.step()) is not None for start in plan.starts]
+    assert [(rig.owners[start.seq], start.group) for start in starts] == [("r", group)]
+    rig.run()
+    assert len(rig.of("r", 1)) == 30
 
 
 def test_no_more_run_in_a_group_than_a_step_has_tokens() -> None:
