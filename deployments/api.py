@@ -45,7 +45,8 @@ def create_app(
     """
     metrics = metrics or Metrics(resolved.model_names[0], replica)
     metrics.watch(engine)
-    service = Service(engine, resolved.model_names, resolved.fingerprint, live, Pace(), metrics, keep_alive_s)
+    task = engine.task if resolved.settings.task == "auto" else resolved.settings.task
+    service = Service(engine, task, resolved.model_names, resolved.fingerprint, live, Pace(), metrics, keep_alive_s)
     prompts = Prompts(engine)
 
     @asynccontextmanager

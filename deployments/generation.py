@@ -142,7 +142,7 @@ class Generation:
 
     def _check(self, body: GenerationRequest, prompts: int) -> None:
         check_model(body.model, self._service.model_names)
-        require(self._service.engine, "generate")
+        require(self._service.task, "generate")
         most = self._service.live.limits.max_n
         if body.n > most:
             raise invalid(f"n: at most {most} here, limits.max_n of this server, not {body.n}.", "n")

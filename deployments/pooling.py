@@ -157,7 +157,7 @@ class Poolers:
 
     def _check(self, model: str, *tasks: Task) -> None:
         check_model(model, self._service.model_names)
-        require(self._service.engine, *tasks)
+        require(self._service.task, *tasks)
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -132,14 +132,15 @@ def _directory(model: str) -> Path:
 
 def _task(settings: Settings, checkpoint: MixtralConfig, reasons: dict[str, str]) -> str:
     own = _TASKS[checkpoint.architecture]
-    if settings.task not in ("auto", own):
-        raise SettingsError(
-            f"task: {settings.task} is not what this checkpoint was made for; use auto or {own}"
-            + (", which answers /v1/embeddings as well." if own == "generate" else ".")
-        )
     if settings.task == "auto":
         reasons["task"] = f"auto: {checkpoint.architecture}"
-    return own
+        return own
+    possible = [own, "embed"] if own == "generate" else [own]  # a classifier's head is all that its ranks give
+    if settings.task not in possible:
+        raise SettingsError(
+            f"task: {settings.task} is not what this checkpoint was made for; use {' or '.join(['auto', *possible])}."
+        )
+    return settings.task
 
 
 def _fingerprint(settings: Settings, directory: Path) -> str:

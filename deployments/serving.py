@@ -105,6 +105,7 @@ class Service:
     """What every route works with."""
 
     engine: Engine
+    task: Task  # what is answered, of what the checkpoint can do
     model_names: Sequence[str]
     fingerprint: str  # of everything that decides which tokens a seed gives
     live: Live

@@ -1,9 +1,9 @@
-"""Which routes a checkpoint can answer, and what to say on the others."""
+"""Which routes a served model answers, and what to say on the others."""
 
 from __future__ import annotations
 
 from deployments.errors import invalid
-from deployments.serving import Engine, Task
+from deployments.serving import Task
 
 _ANSWERS: dict[Task, str] = {
     "generate": "generates text and embeds: ask /v1/chat/completions, /v1/completions or /v1/embeddings",
@@ -14,6 +14,6 @@ _ANSWERS: dict[Task, str] = {
 }
 
 
-def require(engine: Engine, *tasks: Task) -> None:
-    if engine.task not in tasks:
-        raise invalid(f"The model served here {_ANSWERS[engine.task]}.", code="wrong_task")
+def require(served: Task, *tasks: Task) -> None:
+    if served not in tasks:
+        raise invalid(f"The model served here {_ANSWERS[served]}.", code="wrong_task")

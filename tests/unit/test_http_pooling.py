@@ -215,3 +215,13 @@ def test_a_context_without_text_has_no_answer() -> None:
 
 def test_where_tokens_stand() -> None:
     assert context_offsets([1, 97, 98], FakeDecoder()) == [(0, 0), (0, 1), (1, 2)]
+
+
+async def test_a_generating_checkpoint_that_is_served_to_embed() -> None:
+    engine = FakeEngine()
+    async with http(engine, {"task": "embed"}) as client:
+        fields = {"model": MODEL, "input": "a"}
+        assert (await client.post("/v1/embeddings", json=fields)).status_code == 200
+        answer = await client.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
+    assert answer.status_code == 400
+    assert "embeds: ask /v1/embeddings" in answer.json()["error"]["message"]

@@ -172,7 +172,7 @@ def test_dtype(saved: str | None, wanted: str, machine: Machine, dtype: str, che
         ({"parallel": {"cpus_per_rank": 9.5}}, LAPTOP, "parallel.cpus_per_rank: 9.5 is more than any node has, 8"),
         ({"parallel": {"data": 3, "cpus_per_rank": 3}}, LAPTOP, "3 ranks want 3 CPUs each and there are 8; lower it"),
         ({"dtype": "float16"}, LAPTOP, "float16 is many times slower.*use bfloat16 or float32"),
-        ({"task": "classify"}, LAPTOP, "task: classify is not what this checkpoint was made for; use auto or generate"),
+        ({"task": "classify"}, LAPTOP, "task: classify is not what .* was made for; use auto or generate or embed"),
         ({"max_model_len": 513}, LAPTOP, "513 is more than the checkpoint's own, 512"),
         ({"served_model_name": []}, LAPTOP, "at least one name"),
         ({"served_model_name": ["a", "a"]}, LAPTOP, "none twice"),
@@ -181,6 +181,22 @@ def test_dtype(saved: str | None, wanted: str, machine: Machine, dtype: str, che
 def test_the_impossible_is_refused(args: dict[str, Any], machine: Machine, message: str, checkpoint: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         resolve(load({"model": str(checkpoint)} | args), machine)
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "served"),
+    [
+        ("auto", "MixtralForCausalLM", "generate"),
+        ("generate", "MixtralForCausalLM", "generate"),
+        ("embed", "MixtralForCausalLM", "embed"),
+        ("classify", "MixtralForSequenceClassification", "classify"),
+    ],
+)
+def test_what_is_served_of_what_a_checkpoint_can_do(
+    task: str, architecture: str, served: str, checkpoint: Path
+) -> None:
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"architectures": [architecture]}))
+    assert resolve(load({"model": str(checkpoint), "task": task}), LAPTOP).settings.task == served
 
 
 def test_a_layout_of_groups_slices_and_replicas(checkpoint: Path) -> None:
