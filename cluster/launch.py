@@ -45,6 +45,8 @@ async def launch(config: EngineConfig, placement_group: Any = None, observer: Ob
 
 async def launch_in_process(config: EngineConfig, observer: Observer | None = None) -> Engine:
     """An engine whose only rank is this process. No ray."""
+    if config.parallel.ranks > 1:
+        raise ValueError(f"one process is one rank, not {config.parallel.ranks}; set parallel.tensor and data to 1")
     return await _launch(config, InProcessGroup, observer)
 
 
