@@ -122,7 +122,7 @@ def _batch(options: argparse.Namespace) -> int:
         already = len(output.done)
         failed = 0
         if already < len(entries):
-            one_rank = resolved.engine.parallel.tensor == 1
+            one_rank = resolved.engine.parallel.ranks == 1
             with contextlib.nullcontext() if one_rank else own_ray():
                 failed = asyncio.run(_answer_all(resolved, options, entries, output))
     answered = len(output.done) - already
@@ -135,7 +135,7 @@ async def _answer_all(resolved: Resolved, options: argparse.Namespace, entries: 
     from deployments.api import create_app
     from deployments.live import Live
 
-    alone = resolved.engine.parallel.tensor == 1
+    alone = resolved.engine.parallel.ranks == 1
     engine = await (launch_in_process(resolved.engine) if alone else launch(resolved.engine))
     app = create_app(engine, resolved, Live(resolved.settings, {}))
     async with app.router.lifespan_context(app):
