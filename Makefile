@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup serve test test-all lint types format
+.PHONY: gpu-report setup serve test test-all lint types format
 
 serve: $(READY)
 	$(BIN)/mixtral-serve serve serve_config.yaml
@@ -40,3 +40,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	touch $(READY)
+
+# On a machine with a GPU, its own Python with torch, triton, transformers and pytest: no network, no virtual environment.
+gpu-report:
+	$(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
+	$(PYTHON) -m tests.bench.bench_gpu --out docs/gpu

@@ -1,0 +1,208 @@
+"""What the GPU bench measures: our model, transformers' beside it, and the machine under both.
+
+B: texts.  L: tokens of a prompt.  C: head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import torch
+import transformers
+from torch import Tensor
+
+from model.batch import Batch, SequenceSpan
+from model.config import MixtralConfig
+from model.exchange import OneRank
+from model.kv_cache import KVCache
+from model.mixtral import Mixtral
+from model.moe import Routing
+from model.quantization import Mode
+from model.shard import Shard
+from tests.random_model import RandomModel
+
+PAGE = 16
+DTYPE = torch.bfloat16
+# Bits that a weight of a block takes, its share of scales included; embedding, head and routers keep 16.
+BITS: dict[Mode | None, float] = {None: 16, "fp8": 8, "int8": 8, "int4": 4.25, "nf4": 4.5}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device, turns: int) -> float:
+    """Median seconds; the first turn is thrown away."""
+    seconds = []
+    for _ in range(turns + 1):
+        synchronize(device)
+        start = perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(perf_counter() - start)
+    return median(seconds[1:])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is possible here at best, in bytes and operations per second, measured in this process."""
+
+    bandwidth: float
+    speed: float
+
+    @classmethod
+    def measured(cls, device: torch.device, *, small: bool) -> Machine:
+        source = torch.ones(1 << (24 if small else 31), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        bandwidth = 2 * source.nbytes / timed(partial(target.copy_, source), device, 20)
+        N = 256 if small else 8192
+        x_NN = torch.randn(N, N, device=device, dtype=DTYPE)
+        return cls(bandwidth, 2 * N**3 / timed(partial(torch.mm, x_NN, x_NN), device, 20))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How many bytes a step must read and how many operations it must do."""
+
+    config: MixtralConfig
+    mode: Mode | None
+
+    @property
+    def _attention(self) -> int:
+        c = self.config
+        return c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+
+    @property
+    def _expert(self) -> int:
+        return 3 * self.config.hidden_size * self.config.intermediate_size
+
+    @property
+    def _head(self) -> int:
+        return self.config.hidden_size * self.config.vocab_size
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one token in page memory, all layers."""
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * DTYPE.itemsize
+
+    def weight_bytes(self) -> float:
+        c = self.config
+        blocks = c.num_hidden_layers * (self._attention + c.num_local_experts * self._expert)
+        return blocks * BITS[self.mode] / 8 + 2 * self._head * DTYPE.itemsize
+
+    def decode_floor(self, machine: Machine, batch: int, context: int, experts_touched: int) -> float:
+        """Seconds; experts_touched counts over all layers."""
+        c = self.config
+        weights = c.num_hidden_layers * self._attention + experts_touched * self._expert
+        moved = weights * BITS[self.mode] / 8 + self._head * DTYPE.itemsize + batch * context * self.key_bytes
+        return max(moved / machine.bandwidth, self._operations(batch, batch, batch * context) / machine.speed)
+
+    def prefill_floor(self, machine: Machine, length: int) -> float:
+        return max(self._operations(length, 1, length**2 / 2) / machine.speed, self.weight_bytes() / machine.bandwidth)
+
+    def _operations(self, rows: int, logits_rows: int, pairs: float) -> float:
+        """`pairs`: of a row and a key that it sees."""
+        c = self.config
+        per_row = c.num_hidden_layers * (self._attention + c.num_experts_per_tok * self._expert)
+        attention = 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+        return 2 * rows * per_row + 2 * logits_rows * self._head + attention
+
+
+class Ours:
+    """Random weights made on the device. Contexts are random keys and values: nothing is computed to fill them."""
+
+    def __init__(
+        self, config: MixtralConfig, device: torch.device, mode: Mode | None, *, max_batch: int, room: int
+    ) -> None:
+        """`room`: tokens that each of max_batch texts may have; one text alone may have all of it."""
+        self._config, self._device = config, device
+        self.model = Mixtral(config, RandomModel(config, device, DTYPE, mode=mode).weights())
+        self._pages = -(-room // PAGE)
+        self._kv = KVCache(
+            config, Shard(), num_pages=max_batch * self._pages, page_size=PAGE, dtype=DTYPE, device=device
+        )
+        for layer in range(config.num_hidden_layers):
+            for memory in self._kv.layer(layer):
+                memory.normal_()
+        self._exchange = OneRank(config.num_local_experts)
+        self._max_batch = max_batch
+
+    def capture(self) -> None:
+        self.model.capture_decode(self._kv, self._exchange, self._max_batch)
+
+    def step(self, batch: Batch) -> list[int]:
+        """As a server does it: the next token of each text, known to the host."""
+        hidden_RD = self.model.forward(batch, self._kv, self._exchange)
+        ids: list[int] = self.model.logits(hidden_RD).argmax(-1).tolist()
+        return ids
+
+    def decode_batch(self, size: int, context: int) -> Batch:
+        return self._batch([(text, 1, context) for text in range(size)])
+
+    def prefill_batch(self, length: int) -> Batch:
+        return self._batch([(0, length, length)])
+
+    def experts_touched(self, batch: Batch) -> int:
+        routings: list[Routing] = []
+        self.model.forward(batch, self._kv, self._exchange, routings)
+        return sum(len(routing.expert_SK.unique()) for routing in routings)
+
+    def _batch(self, chunks: list[tuple[int, int, int]]) -> Batch:
+        spans, ids, positions, slots = [], [], [], []
+        for text, length, context in chunks:
+            spans.append(SequenceSpan(len(ids), length, context, ((text * self._pages, -(-context // PAGE)),)))
+            position = range(context - length, context)
+            positions += position
+            slots += [text * self._pages * PAGE + p for p in position]
+            ids += [(text * 7919 + p) % self._config.vocab_size for p in position]
+        rows = [span.row + span.length - 1 for span in spans]
+        tensors = [torch.tensor(values, device=self._device) for values in (ids, positions, slots)]
+        return Batch(*tensors, tuple(spans), torch.tensor(rows, device=self._device))
+
+
+class Theirs:
+    """transformers in the same process with the same geometry, and the fastest of its implementations of experts."""
+
+    def __init__(self, config: MixtralConfig, device: torch.device) -> None:
+        names = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+        )  # fmt: skip
+        settings = transformers.MixtralConfig(**{name: getattr(config, name) for name in names})
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(settings, dtype=DTYPE, attn_implementation="sdpa")
+        self._model = model.eval()
+        self._config, self._device = config, device
+
+    @torch.inference_mode()
+    def prefill(self, tokens_BL: Tensor) -> transformers.DynamicCache:
+        cache = transformers.DynamicCache(config=self._model.config)
+        self._model(tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def prefill_seconds(self, length: int, turns: int) -> dict[str, float]:
+        tokens_1L = torch.randint(self._config.vocab_size, (1, length), device=self._device)
+        seconds = {}
+        for name in ("grouped_mm", "eager"):
+            self._model.set_experts_implementation(name)
+            seconds[name] = timed(partial(self.prefill, tokens_1L), self._device, turns)
+        return seconds
+
+    @torch.inference_mode()
+    def decode_seconds(self, batch: int, context: int, turns: int) -> dict[str, float]:
+        tokens_BL = torch.randint(self._config.vocab_size, (batch, context), device=self._device)
+        seconds = {}
+        # batched_mm copies the weights of every row's experts: not worth trying for many.
+        for name in ("grouped_mm", "eager", *(["batched_mm"] if batch == 1 else [])):
+            self._model.set_experts_implementation("grouped_mm")
+            cache = self.prefill(tokens_BL)
+            self._model.set_experts_implementation(name)
+            step = partial(self._model, tokens_BL[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            seconds[name] = timed(lambda step=step: step().logits.argmax(-1).tolist(), self._device, turns)
+        return seconds
