@@ -1,4 +1,5 @@
-"""Kernels run in Triton's interpreter here, whatever the machine; files of tiny tensors may ask for one thread."""
+"""Kernels run in Triton's interpreter here, whatever the machine; random cases may take their time on a busy one; files
+of tiny tensors may ask for one thread."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Triton looks at this when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"

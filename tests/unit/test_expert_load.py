@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.expert_load import HALF_LIFE_S, ExpertLoad
@@ -35,7 +35,6 @@ def test_what_was_long_ago_counts_less() -> None:
     assert load.status().load[0] == (0.5, 0.5, 0.0, 0.0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 20), min_size=1, max_size=20))
 def test_a_steady_load_looks_the_same_however_often_it_is_reported(pauses: list[float]) -> None:
     load, now = ExpertLoad(PLAIN, 0.0), 0.0

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.kv_pool import PagePool
@@ -94,7 +94,6 @@ def test_keys_differ_between_engines() -> None:
     assert len(one.next_digest(b"", [1])) == 16
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 14)), max_size=40))
 def test_random_holders_keep_every_page_in_one_state(operations: list[tuple[int, int, int]]) -> None:
     pages = pool(num_pages=12)

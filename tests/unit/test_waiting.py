@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.waiting import MAX_OUTDATED, WaitingQueue
@@ -93,7 +93,6 @@ def least_served(waiters: Iterable[Waiter], served: dict[str, float]) -> Waiter 
     return min(waiters, key=lambda w: (w.priority, served[w.user], w.number), default=None)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["push", "admit", "charge", "abort", "again"]), st.integers(0, 30)), max_size=60)
 )
