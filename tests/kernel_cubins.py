@@ -84,6 +84,7 @@ def launch_all(config: MixtralConfig, tokens: Sequence[int]) -> None:
         add_norm(x_SD, delta, weight_D, 1e-5)
     choose_experts(empty(4, E, dtype=torch.float32), K)
     sort_pairs(torch.zeros(4, K, dtype=torch.int64), E)
+    sort_pairs(torch.zeros(1, 1, dtype=torch.int64), E, torch.zeros(E, dtype=torch.int64), torch.zeros(1).int())
     memory = empty(64, G, C), empty(64, G, C)
     rope_write(empty(4, H + 2 * G, C), (empty(4, 1, C), empty(4, 1, C)), torch.zeros(4, dtype=torch.int64), memory)
     table = PageTable(*(torch.zeros(4, dtype=torch.int32) for _ in range(3)))

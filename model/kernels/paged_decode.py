@@ -69,7 +69,8 @@ def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
     return min(64, max(8, 1 << max(wanted - 1, 0).bit_length()))
 
 
-@triton.jit
+# Tables lie wherever one copy to the device puts them: one kernel for all places.
+@triton.jit(do_not_specialize_on_alignment=["page_ptr", "first_page_ptr", "context_ptr"])
 def _attend_split(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,

@@ -28,7 +28,7 @@ def quantized_product(x_TI: Tensor, weight: WeightStack) -> Tensor:
     return y_TO
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _quantized_product(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,

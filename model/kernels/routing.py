@@ -65,7 +65,8 @@ def _sort_by_torch(
     return order_P.int(), first
 
 
-@triton.jit
+# Whatever the number of rows, one kernel: a server meets every number.
+@triton.jit(do_not_specialize=["S"])
 def _choose(
     logits_ptr: tl.tensor,
     expert_ptr: tl.tensor,
@@ -98,7 +99,7 @@ def _choose(
     tl.store(weight_ptr + token * K + place, weight, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sort(
     expert_ptr: tl.tensor,
     order_ptr: tl.tensor,
