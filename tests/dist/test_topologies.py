@@ -22,9 +22,10 @@ from tests.dist.runs import Recorded, moved, placement_for, record, replay, rows
 from tests.tiny import write_checkpoint
 
 EVERYTHING = bool(os.environ.get("MIXTRAL_TEST_ALL"))
-SEED = 6
+SEED = 9
 TRANSPORTS: list[Transport] = ["gloo", *(["shared_memory"] if shared_memory.supported() else [])]  # type: ignore[list-item]
 FAST = TRANSPORTS[-1]
+EXCHANGES: list[ExchangeChoice] = ["all_to_all", "all_reduce"]
 DEMO = "demo"
 CHECKPOINTS = {
     "8 experts": {"num_attention_heads": 8, "num_local_experts": 8},
@@ -44,33 +45,28 @@ def layouts(ranks: int) -> Iterator[ParallelConfig]:
     for tensor in range(1, ranks + 1):
         for expert in range(1, ranks + 1):
             if ranks % tensor == 0 and ranks % expert == 0:
-                for exchange in ("all_to_all", "all_reduce"):
+                for exchange in EXCHANGES:
                     for spare in (0, 1) if expert > 1 else (0,):
-                        yield ParallelConfig(tensor, ranks // tensor, expert, _choice(exchange), spare)
-
-
-def _choice(exchange: str) -> ExchangeChoice:
-    assert exchange in ("all_to_all", "all_reduce")
-    return exchange  # type: ignore[return-value]
+                        yield ParallelConfig(tensor, ranks // tensor, expert, exchange, spare)
 
 
 def cases() -> list[tuple[str, ParallelConfig]]:
-    """All of them, or of every number of ranks some: each tensor and each expert degree at least once."""
+    """All of them, or some: with 2 and 4 ranks each tensor and each expert degree at least once."""
     names = [*CHECKPOINTS, DEMO]
     every = [(name, layout) for ranks in (2, 4, 8) for layout in layouts(ranks) for name in names]
     if EVERYTHING:
         return every
     chosen: list[tuple[str, ParallelConfig]] = []
     drawn = random.Random(SEED)
-    for ranks, wanted in ((2, 5), (4, 8), (8, 2)):
+    for ranks, most in ((2, 5), (4, 8), (8, 2)):
         some = [case for case in every if case[1].ranks == ranks]
         seen: set[object] = set()
         for name, layout in drawn.sample(some, len(some)):
             new = {("tensor", layout.tensor), ("expert", layout.expert), layout.exchange, name} - seen
-            if wanted and new:
+            if new and most:
                 chosen.append((name, layout))
                 seen |= new
-                wanted -= 1
+                most -= 1
     return chosen
 
 
@@ -143,6 +139,7 @@ def check(
         exchanges,
         tensor=layout.tensor,
         transport=transport,
+        timeout_s=300,  # of machines that have much else to do
     )
     first = placement_for(directory, layout)
     steps = zip(zip(*ranks, strict=True), expected.results, expected.expert_rows, strict=True)
