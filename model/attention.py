@@ -1,4 +1,4 @@
-"""Attention over paged keys and values. What to do is in the plan; this does it, with the device's kernel.
+"""Attention over paged keys and values on a CPU. What to do is in the plan; this does it. A GPU: device_attention.py.
 
 T: rows of the batch.  L: rows of one sequence.  M: keys in sight.  B: sequences together.  N: slots of page memory.
 H, G: this rank's query and key-value heads.  Q: queries per key-value head, H / G.  X: B * G.  C: head_dim.
@@ -15,9 +15,6 @@ from model.attention_plan import AttentionPlan, Together
 
 # A context in more pieces than this is copied into one first: one copy beats many small kernels and their merge.
 MAX_RUNS = 4
-
-# Scores that plain attention holds at once.
-SCORE_BYTES = 256 << 20
 
 # An output and the logarithm of each row's softmax sum, as merging needs them.
 Part = tuple[Tensor, Tensor]
@@ -83,16 +80,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
     """Query (B, G, Q, L, C) over keys and values (B, G, M, C): the output, shaped as the query, and (B, G, Q, L).
 
     The mask is added to the scores: (L, M). Causal: row l sees keys 0 .. l.
-    """
-    kernel = cpu_attention if query.device.type == "cpu" else plain_attention
-    return kernel(query, key, value, causal=causal, mask=mask)
 
-
-def cpu_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
-) -> Part:
-    """torch's flash kernel, called by name: the public function returns no log-sums.
-
+    torch's flash kernel, called by name: the public function returns no log-sums.
     Queries that share a key-value head are folded where the kernel takes them for nothing: into its query length when
     every row sees the same keys, else into its heads (keys repeated by stride, not copied).
     """
@@ -107,30 +96,6 @@ def cpu_attention(
         query, key, value, is_causal=causal, attn_mask=mask
     )
     return out.reshape(B, G, Q, L, C), log_sum.reshape(B, G, Q, L)
-
-
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
-) -> Part:
-    """The definition, in float32, for devices without a kernel here; some rows at a time, for the scores' sake."""
-    B, G, Q, L, C = query.shape
-    M = key.shape[2]
-    key_BGCM, value_BGMC = key.float().transpose(2, 3), value.float()
-    position_M, row_L1 = torch.arange(M, device=query.device), torch.arange(L, device=query.device)[:, None]
-    out, log_sum = torch.empty_like(query), query.new_empty(B, G, Q, L, dtype=torch.float32)
-    rows = max(1, SCORE_BYTES // (B * G * Q * M * 4))
-    for first in range(0, L, rows):
-        some = slice(first, min(first + rows, L))
-        folded = query[..., some, :].float().reshape(B, G, -1, C)
-        scores = (folded @ key_BGCM * C**-0.5).view(B, G, Q, -1, M)
-        if causal:
-            scores.masked_fill_(position_M > row_L1[some], -torch.inf)
-        if mask is not None:
-            scores += mask[some]
-        log_sum[..., some] = scores.logsumexp(-1)
-        weights = (scores - log_sum[..., some, None]).exp_()
-        out[..., some, :] = (weights.view(B, G, -1, M) @ value_BGMC).view(B, G, Q, -1, C)
-    return out, log_sum
 
 
 def merge(parts: list[Part]) -> Tensor:

@@ -101,12 +101,16 @@ def _mass_cutoff(scaled_RV: Tensor, least_R: Tensor, top_p_R: Tensor) -> Tensor:
     wanted_R = mass_R * top_p_R
     cutoff_R = torch.empty_like(least_R)
     rows_left = torch.arange(R, device=scaled_RV.device)
-    for M in (*(M for M in _NUCLEI if M < V), V):
+    # Which rows are left the host must be told; on a device that is a wait, so all are sorted there at once.
+    fewer = [M for M in _NUCLEI if M < V] if scaled_RV.device.type == "cpu" else []
+    for M in (*fewer, V):
         best_RM = scaled_RV[rows_left].topk(M, dim=-1).values
         short_RM = best_RM.exp().cumsum(dim=-1, dtype=torch.float64) < wanted_R[rows_left, None]
         # Past the end only for want of M; or, where M is V, of a rounding of the sum.
         position_R = short_RM.sum(dim=-1).clamp(max=M - 1)
         cutoff_R[rows_left] = best_RM.gather(1, position_R[:, None])[:, 0]
+        if M == V:
+            break
         rows_left = rows_left[short_RM[:, -1]]
         if rows_left.numel() == 0:
             break

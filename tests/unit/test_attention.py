@@ -8,20 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attention
 from model.attention import MAX_RUNS, Part, attend, merge, paged_attention
 from model.attention_plan import GROUP_BYTES, SHORT_BYTES, AttentionPlan, Planner, slot_runs
 from model.batch import SequenceSpan, page_runs
 
 PAGE = 4
-
-
-@pytest.fixture(params=["cpu", "plain"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's, and what other devices get, which holds so few scores here that it must go piece by piece."""
-    if request.param == "plain":
-        monkeypatch.setattr(attention, "cpu_attention", attention.plain_attention)
-        monkeypatch.setattr(attention, "SCORE_BYTES", 2000)
 
 
 def reference(query_LHC: Tensor, key_MGC: Tensor, value_MGC: Tensor, window: int | None) -> Tensor:
@@ -83,7 +74,6 @@ class Case:
         return torch.cat([reference(query, key, value, window) for query, key, value in parts])
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("scattered", [False, True])
 def test_paged_attention_is_attention(seed: int, scattered: bool) -> None:
@@ -92,7 +82,6 @@ def test_paged_attention_is_attention(seed: int, scattered: bool) -> None:
     torch.testing.assert_close(case.computed(window).double(), case.expected(window), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("seed", range(5))
 def test_bfloat16_errs_by_its_own_rounding_alone(seed: int) -> None:
     case = Case(seed, torch.bfloat16, scattered=True)
@@ -132,7 +121,6 @@ def test_the_number_of_runs_changes_nothing(runs: int) -> None:
     torch.testing.assert_close(found.double(), reference(query, key[tokens], value[tokens], None), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("kernel")
 def test_parts_merge_to_the_whole_whatever_their_scale() -> None:
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(30, 2, 8, generator=generator) for _ in range(2))
