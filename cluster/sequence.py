@@ -93,6 +93,10 @@ class Sequence:
         return self.priority, self.number
 
     @property
+    def has_run(self) -> bool:
+        return self.waited_s is not None
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 

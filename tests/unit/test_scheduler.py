@@ -322,6 +322,20 @@ def test_a_sample_under_way_when_the_ranks_start_over_is_not_waited_for() -> Non
     assert len(rig.of("old")) == 14
 
 
+def test_who_ran_when_the_ranks_were_lost_goes_on_before_anybody_new() -> None:
+    rig = Rig(max_running=2, prefix=False)
+    for key in ("a", "b"):
+        rig.add(key, [5] * 8, max_tokens=30, ignore_eos=True, user="heavy")
+    for _ in range(5):
+        rig.step()
+    rig.add("c", [6] * 8, max_tokens=4, ignore_eos=True, user="light")
+    rig.lose({0})
+    plan = rig.step()
+    assert plan is not None
+    assert [start.seq for start in plan.starts] == [0, 1]
+    rig.run()
+
+
 def test_an_older_prompt_takes_no_pages_from_whoever_is_in_the_step_already() -> None:
     rig = Rig(num_pages=9, budget=4, prefix=False)
     rig.add("decodes", [4], max_tokens=20, ignore_eos=True, priority=1)

@@ -15,6 +15,7 @@ class Waiter:
     number: int
     user: str = ""
     priority: int = 0
+    has_run: bool = False
 
 
 def drain(queue: WaitingQueue[Waiter], cost: int = 1) -> list[int]:
@@ -45,10 +46,28 @@ def test_lower_priority_numbers_first() -> None:
     assert drain(queue_of(Waiter(0, priority=2), Waiter(1, priority=-1), Waiter(2, priority=2))) == [1, 0, 2]
 
 
-def test_whoever_was_preempted_comes_before_whoever_never_ran() -> None:
+def test_within_a_user_first_come_first_served_whoever_joins_the_line_late() -> None:
     queue = queue_of(Waiter(3), Waiter(5))
     queue.push(Waiter(4))
     assert drain(queue) == [3, 4, 5]
+
+
+def test_whoever_has_run_goes_on_first_whatever_was_computed_for_its_user() -> None:
+    queue = queue_of(Waiter(2, "new"), Waiter(1, "busy", has_run=True), Waiter(0, "busier", has_run=True))
+    queue.charge(Waiter(0, "busier"), 1000)
+    queue.push(Waiter(3, "important", priority=-1))
+    assert drain(queue) == [3, 0, 1, 2]
+
+
+def test_whoever_goes_on_does_not_hold_up_those_who_come_after() -> None:
+    heavy = Waiter(0, "heavy", has_run=True)
+    queue = queue_of(heavy)
+    queue.charge(heavy, 1000)
+    queue.remove(heavy)
+    queue.admitted(heavy)
+    for waiter in (Waiter(1, "heavy"), Waiter(2, "light"), Waiter(3, "light")):
+        queue.push(waiter)
+    assert drain(queue, cost=100) == [2, 3, 1]
 
 
 def test_users_take_turns() -> None:
@@ -89,8 +108,10 @@ def test_removing_from_the_middle() -> None:
 
 
 def least_served(waiters: Iterable[Waiter], served: dict[str, float]) -> Waiter | None:
-    """The rule without the heap."""
-    return min(waiters, key=lambda w: (w.priority, served[w.user], w.number), default=None)
+    """The rule without the heaps."""
+    return min(
+        waiters, key=lambda w: (w.priority, not w.has_run, 0 if w.has_run else served[w.user], w.number), default=None
+    )
 
 
 @given(
@@ -110,7 +131,9 @@ def test_whatever_happens_the_least_served_is_next(steps: list[tuple[str, int]])
                 waiter = Waiter(number, "abc"[drawn % 3], drawn % 2)
             else:
                 waiter = running.pop(drawn % len(running))
-            served[waiter.user] = max(served.get(waiter.user, 0.0), level)
+                waiter.has_run = True
+            if not waiter.has_run:
+                served[waiter.user] = max(served.get(waiter.user, 0.0), level)
             waiting[waiter.number] = waiter
             queue.push(waiter)
         elif what == "charge" and running:
@@ -124,7 +147,8 @@ def test_whatever_happens_the_least_served_is_next(steps: list[tuple[str, int]])
             assert first is not None
             queue.remove(waiting.pop(first.number))
             queue.admitted(first)
-            level = max(level, served[first.user])
+            if not first.has_run:
+                level = max(level, served[first.user])
             running.append(first)
         assert queue.peek() is least_served(waiting.values(), served)
         assert len(queue) == len(waiting)
@@ -156,5 +180,9 @@ def test_those_who_come_and_go_leave_nothing_behind(others: int) -> None:
         passing = Waiter(number, f"user {number}", priority=1)
         queue.push(passing)
         queue.remove(passing)
+        passing.has_run = True
+        queue.push(passing)
+        queue.remove(passing)
     assert len(queue._heap) <= 2 * (others + 2) + MAX_OUTDATED
+    assert len(queue._return_heap) <= MAX_OUTDATED + 2
     assert [queue.peek() is not None, len(queue)] == [True, others + 1]
