@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.checkpoint import load_experts, load_weights
 from model.config import load_config
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
 from model.quantization import Mode, quantize
 from model.quantized_linear import QuantizedLinear
 from model.shard import Shard
@@ -138,3 +138,21 @@ def test_a_scale_for_each_row_allows_every_slice(tmp_path: Path, mode: Mode) -> 
     whole = load(directory, mode).blocks[0].experts[0].down.weight_OI
     parts = [load(directory, mode, expert_slice=part, expert_slices=3).blocks[0].experts[0] for part in range(3)]
     assert torch.equal(torch.cat([part.down.weight_OI for part in parts], dim=1), whole)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_are_no_numbers_are_named_when_asked(tmp_path: Path, mode: Mode) -> None:
+    directory = write_checkpoint(tmp_path, **SIZES)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"][5, 7] = torch.inf
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w2\.weight holds NaN or infinity$"):
+        load_weights(
+            directory,
+            load_config(directory),
+            Shard(),
+            dtype=torch.bfloat16,
+            device=CPU,
+            quantization=mode,
+            check_finite=True,
+        )
