@@ -52,16 +52,17 @@ def _counters(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _ranks(ranks: Sequence[RankStatus]) -> Iterator[Metric]:
-    labels = ("rank", "node", "device")
-    up = GaugeMetricFamily(
-        "mixtral_rank_up", "1 for a rank that is ready, 0 for one in any other state.", labels=labels
-    )
+    up = GaugeMetricFamily("mixtral_rank_up", "1 for a rank that is ready, 0 in any other state.", labels=("rank",))
+    where = GaugeMetricFamily("mixtral_rank_info", "1, with where the rank is.", labels=("rank", "node", "device"))
     age = GaugeMetricFamily("mixtral_rank_last_step_age_seconds", "Since the rank's last step.", labels=("rank",))
     for one in ranks:
-        up.add_metric((str(one.rank), one.node, one.device), one.state == "ready")
+        up.add_metric((str(one.rank),), one.state == "ready")
+        if one.node:  # a dead one is nowhere
+            where.add_metric((str(one.rank), one.node, one.device), 1)
         if one.last_step_age_s is not None:
             age.add_metric((str(one.rank),), one.last_step_age_s)
     yield up
+    yield where
     yield age
 
 

@@ -151,8 +151,9 @@ class Metrics:
         if record.key is not None:
             key = self._few("key", record.key)
             self._key_requests.labels(key).inc()
-            self._key_tokens.labels(key, "prompt").inc(record.prompt_tokens)
-            self._key_tokens.labels(key, "generation").inc(record.completion_tokens)
+            if status < 400:  # what is turned away is not used
+                self._key_tokens.labels(key, "prompt").inc(record.prompt_tokens)
+                self._key_tokens.labels(key, "generation").inc(record.completion_tokens)
 
     # Whoever looks.
 

@@ -34,12 +34,17 @@ FLEET = Dashboard(
             (
                 Panel(
                     "Ranks", "short", "1: ready. 0: loading, frozen or dead.",
-                    (Query('min by (replica, rank, node) (mixtral_rank_up{SEL,rank=~"$rank"})',
-                           "{{replica}} rank {{rank}} on {{node}}"),),
+                    (Query('min by (replica, rank) (mixtral_rank_up{SEL,rank=~"$rank"})', "{{replica}} rank {{rank}}"),),
+                    width=6,
+                ),
+                Panel(
+                    "Ranks by node", "short", "Where they are; one that is dead is nowhere.",
+                    (Query("sum by (node, device) (mixtral_rank_info{SEL})", "{{node}} {{device}}"),), "stacked", width=6,
                 ),
                 Panel(
                     "Failures by cause", "short", "Each begins a recovery.",
                     (Query("sum by (cause) (increase(mixtral_rank_failures_total{SEL}PER))", "{{cause}}"),), "stacked",
+                    width=6,
                 ),
                 Panel(
                     "Pause of a recovery", "s", "For so long streams said nothing.",
@@ -47,6 +52,7 @@ FLEET = Dashboard(
                         Query("sum(increase(mixtral_recovery_pause_seconds_sum{SEL}PER))"
                               " / (sum(increase(mixtral_recovery_pause_seconds_count{SEL}PER)) > 0)", "mean"),
                     ),
+                    width=6,
                 ),
             ),
         ),

@@ -84,7 +84,12 @@ def _lines(axes: Any, panel: Panel, found: list[Series], begin: float) -> None:
 
 def _matrix(axes: Any, panel: Panel, found: list[Series]) -> None:
     rows, columns = (sorted({int(one.labels[label]) for one in found}) for label in panel.matrix)
-    cells = {tuple(int(one.labels[label]) for label in panel.matrix): one.points[-1][1] for one in found}
+    end = max(one.points[-1][0] for one in found)  # Grafana asks for this moment alone
+    cells = {
+        tuple(int(one.labels[label]) for label in panel.matrix): one.points[-1][1]
+        for one in found
+        if one.points[-1][0] == end
+    }
     axes.imshow([[cells.get((row, column), 0.0) for column in columns] for row in rows], aspect="auto", cmap="YlOrRd")
     for label, name in zip(("set_ylabel", "set_xlabel"), panel.matrix, strict=True):
         getattr(axes, label)(name, fontsize=6)

@@ -204,10 +204,11 @@ def main() -> int:
         client = stack.enter_context(prometheus(options.prometheus, agent, directory))
         start = time.time()
         print(f"answers by status: {run(url, options.seconds)}")
+        end = time.time()
         time.sleep(15)  # what Ray's agent has not been told yet
         for dashboard in DASHBOARDS:
             results = [
-                (panel, [series for query in panel.queries for series in ask(client, query, start, time.time())])
+                (panel, [series for query in panel.queries for series in ask(client, query, start, end)])
                 for panel in dashboard.panels
             ]
             empty += [f"{dashboard.title}: {panel.title}" for panel, found in results if not found and not panel.gpu]

@@ -198,7 +198,8 @@ async def test_over_http() -> None:
     assert values["mixtral_time_to_first_token_seconds_count"] == 2
     assert values["mixtral_inter_token_latency_seconds_count"] == 2 * len("one")
     assert values["mixtral_num_requests_waiting"] == 2
-    assert values["mixtral_rank_up{device=cpu,node=node,rank=0}"] == 1
+    assert values["mixtral_rank_up{rank=0}"] == 1
+    assert values["mixtral_rank_info{device=cpu,node=node,rank=0}"] == 1
     assert values["mixtral_expert_location{expert=1,layer=0,rank=1}"] == 1
     assert values["mixtral_expert_imbalance_ratio{layer=0}"] == 1.25
 
@@ -227,7 +228,8 @@ async def test_usage_of_a_key_goes_by_its_name() -> None:
     async with http(FakeEngine(spelling("one")), auth, environment={"KEYS": "a,secret"}) as client:
         client.headers["Authorization"] = "Bearer secret"
         await client.post("/v1/completions", json={"model": MODEL, "prompt": "ab"})
+        await client.post("/v1/completions", json={"model": MODEL, "prompt": "ab", "n": 1000})
         values = read((await client.get("/metrics")).text)
-    assert values["mixtral_key_requests_total{key=env-2}"] == 1
+    assert values["mixtral_key_requests_total{key=env-2}"] == 2
     assert values["mixtral_key_tokens_total{key=env-2,kind=prompt}"] == 3
     assert values["mixtral_key_tokens_total{key=env-2,kind=generation}"] == 4
