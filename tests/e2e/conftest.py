@@ -79,7 +79,7 @@ def fleet(
     ray_directory = tempfile.mkdtemp(prefix="mixtral-test-", dir="/tmp")  # a short path: sockets lie in it
     run_file = tmp_path_factory.mktemp("serve_run") / "serve_config.yaml"
     kinds = {
-        "server": Kind(lambda: mixtral_serve(*tiny)),
+        "server": Kind(lambda: mixtral_serve(*tiny, "--set", "served_model_name=[tiny, mixtral-8x22b]")),
         "two_ranks": Kind(lambda: mixtral_serve(*pair, environment={"KEYS": "open-sesame"}, key="open-sesame")),
         "demo": Kind(mixtral_serve),
         "broken": Kind(lambda: mixtral_serve("--model", str(broken_checkpoint)), Server.wait),

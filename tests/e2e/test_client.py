@@ -71,6 +71,26 @@ def test_a_call_streamed_and_answered(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
+def test_routing_comes_with_each_token(client: openai.OpenAI) -> None:
+    """The experts of a token are the same in a stream, in a document, and with other tokens beside it."""
+    options: dict[str, Any] = {"model": "tiny", "prompt": "a router looks", "temperature": 0, "max_tokens": 6}
+    asked = options | {"extra_body": {"return_routing": True, "return_token_ids": True, "ignore_eos": True}}
+    whole: Any = client.completions.create(**asked).choices[0]
+    assert len(whole.routing) == len(whole.token_ids) == 6
+    for layers in whole.routing:
+        assert len(layers) == 2
+        for chosen in layers:
+            assert [one["expert"] for one in chosen] == list(dict.fromkeys(one["expert"] for one in chosen))
+            assert len(chosen) == 2
+            assert chosen[0]["weight"] >= chosen[1]["weight"] > 0
+            assert sum(one["weight"] for one in chosen) == pytest.approx(1, abs=2e-4)
+    chunks: list[Any] = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert [routing for chunk in chunks for routing in chunk.routing] == whole.routing
+    assert all(len(chunk.routing) == len(chunk.token_ids) for chunk in chunks)
+    together: Any = client.completions.create(**asked | {"n": 2, "prompt": ["a router looks", "pages of"]})
+    assert [choice.routing for choice in together.choices[:2]] == [whole.routing] * 2
+
+
 def test_embeddings(client: openai.OpenAI) -> None:
     one, two = client.embeddings.create(model="tiny", input=["the quick", "the quick"]).data
     assert one.embedding == pytest.approx(two.embedding, abs=1e-6)

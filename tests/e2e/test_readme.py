@@ -1,0 +1,39 @@
+"""The README's examples as they stand there, but for the address."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.server import REPOSITORY, Server
+
+ADDRESS = "http://127.0.0.1:8000"
+EXAMPLES = re.findall(r"```(python|sh)\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+PYTHON = [code for language, code in EXAMPLES if language == "python"]
+CURL = [code for language, code in EXAMPLES if language == "sh" and "curl " in code]
+
+
+def run(command: list[str], directory: Path) -> str:
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python(code: str, server: Server, demo: Server, tmp_path: Path) -> None:
+    if "langchain_openai" in code and importlib.util.find_spec("langchain_openai") is None:
+        pytest.skip("langchain-openai is not installed")
+    assert ADDRESS in code
+    # The tiny server goes by the other name as well, and its template knows tools.
+    url = (demo if 'model="mixtral-demo"' in code else server).url
+    assert run([sys.executable, "-c", code.replace(ADDRESS, url)], tmp_path).strip()
+
+
+@pytest.mark.parametrize("code", CURL, ids=range(len(CURL)))
+def test_curl(code: str, demo: Server, tmp_path: Path) -> None:
+    assert '"finish_reason":"stop"' in run(["bash", "-ec", code.replace(ADDRESS, demo.url)], tmp_path)
