@@ -16,12 +16,14 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Literal
 
 from cluster.answer import Answers
 from cluster.commands import Abort, Add, Died, Limit, Move
 from cluster.config import EngineConfig, SchedulerConfig
+from cluster.crash_bundle import CrashBundles
 from cluster.engine_loop import EngineLoop
 from cluster.errors import EngineDraining, EngineError, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.expert_load import ExpertLoad
@@ -75,6 +77,7 @@ class Engine:
         max_model_len: int,
         tokenizer: Tokenizer,
         observer: Observer | None = None,
+        crash_directory: Path | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._model = model
@@ -100,7 +103,14 @@ class Engine:
         self._moving = asyncio.Lock()
         self._observer = observer or Silence()
         self._loop = EngineLoop(
-            self._scheduler, group, config.parallel, self._load, self._publish, self.stats, self._observer
+            self._scheduler,
+            group,
+            config.parallel,
+            self._load,
+            self._publish,
+            self.stats,
+            self._observer,
+            None if crash_directory is None else CrashBundles(crash_directory),
         )
         self._loop.start()
 
@@ -212,11 +222,13 @@ class Engine:
             epoch = self._group.epoch
             planned = rebalance(self._load.placement, self._load.rows())
             if planned.moves:
-                await asyncio.to_thread(self._group.fetch, planned.placement)
                 moved: Future[bool] = Future()
-                self._loop.put(Move(planned.placement, planned.moves, epoch, moved))
-                if not await asyncio.wrap_future(moved):
-                    raise EngineNotReady("a rank died while experts were moved; nothing has changed", retry_after_s=5)
+                with contextlib.suppress(StepFailed):  # the loop hears of it too
+                    await asyncio.to_thread(self._group.fetch, planned.placement)
+                    self._loop.put(Move(planned.placement, planned.moves, epoch, moved))
+                    if await asyncio.wrap_future(moved):
+                        return planned
+                raise EngineNotReady("a rank died while experts were moved; they are where they were", retry_after_s=5)
             return planned
 
     def limit(self, limits: SchedulerConfig) -> None:

@@ -21,6 +21,7 @@ from time import monotonic
 
 from cluster.commands import Abort, Add, Command, Died, Limit, Move
 from cluster.config import ParallelConfig
+from cluster.crash_bundle import CrashBundles
 from cluster.errors import StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.expert_load import ExpertLoad
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 STEPS_AHEAD = 1
 CHECK_EVERY_S = 60.0  # when idle
 ASK_LOAD_EVERY_S = 1.0  # while there is work
+
+LAST_PLANS = 8
 
 SlotRows = tuple[tuple[int, ...], ...]
 
@@ -68,6 +71,7 @@ class EngineLoop:
         publish: Callable[[Sequence[Event]], None],  # called on this thread, at most once per step
         stats: Callable[[], EngineStats],
         observer: Observer,
+        bundles: CrashBundles | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._group = group
@@ -86,7 +90,8 @@ class EngineLoop:
         self._proved = threading.Event()
         self._checked = monotonic()
         self.failure: str | None = None  # why it will never answer again
-        self._recovery = Recovery(scheduler, group, observer)
+        self._recovery = Recovery(scheduler, group, observer, bundles)
+        self._plans: deque[StepPlan] = deque(maxlen=LAST_PLANS)  # for those who want to know what went on
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -146,6 +151,7 @@ class EngineLoop:
                 if plan is not None:
                     plan = self._complete(plan, began)
                     planned = monotonic()
+                    self._plans.append(plan)
                     self._under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
                 if len(self._under_way) > STEPS_AHEAD or (plan is None and self._under_way):
                     self._finish(self._forecast.deadline_s(self._under_way[0].num_tokens))
@@ -233,7 +239,7 @@ class EngineLoop:
         wrong = first is not None and first.canary and failure.cause == "step_failed"
         if wrong:  # a rank computes something else than it did: none keeps its weights
             self._observer.canary(False)
-        self._send(self._recovery.blame(failure, self._scheduler.keys_under_way()))
+        self._send(self._recovery.blame(failure, self._scheduler.keys_under_way(), self._plans))
         self._under_way.clear()
         self._recovery.run(anew=wrong)
         self._proofs.forget()

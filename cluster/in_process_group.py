@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from cluster.config import EngineConfig
+from cluster.crash_bundle import RankReport
 from cluster.memory import page_budget
 from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
 from cluster.placement import Placement
@@ -57,6 +58,9 @@ class InProcessGroup:
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return (replace(self._status, last_step_age_s=self._clock.age()),)
+
+    def reports(self) -> tuple[RankReport, ...]:
+        return ()
 
     def stop(self) -> None:
         self._thread.shutdown(cancel_futures=True)

@@ -14,11 +14,14 @@ from cluster.in_process_group import InProcessGroup
 from cluster.memory import held_at_once
 from cluster.observer import FailureCause, Observer
 from cluster.placement import Placement, even_placement
+from cluster.ray_rank import session_directory
 from cluster.worker_group import RayGroup, WorkerGroup
 from model.config import load_config
 from model.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
+
+CRASHES = "mixtral-serve-crashes"  # among the logs of Ray's session
 
 GroupFactory = Callable[[EngineConfig, Placement, int], WorkerGroup]
 
@@ -37,7 +40,7 @@ async def launch(config: EngineConfig, placement_group: Any = None, observer: Ob
     def group(config: EngineConfig, placement: Placement, tokens_per_sequence: int) -> WorkerGroup:
         return RayGroup(config, placement, tokens_per_sequence, placement_group=placement_group, on_loss=on_loss)
 
-    engine = await _launch(config, group, observer)
+    engine = await _launch(config, group, observer, session_directory() / CRASHES)
     for loss in early:
         engine.rank_lost(*loss)
     return engine
@@ -50,7 +53,9 @@ async def launch_in_process(config: EngineConfig, observer: Observer | None = No
     return await _launch(config, InProcessGroup, observer)
 
 
-async def _launch(config: EngineConfig, make_group: GroupFactory, observer: Observer | None) -> Engine:
+async def _launch(
+    config: EngineConfig, make_group: GroupFactory, observer: Observer | None, crash_directory: Path | None = None
+) -> Engine:
     directory = Path(config.model_path)
     model = load_config(directory)
     if model.unknown:
@@ -74,7 +79,7 @@ async def _launch(config: EngineConfig, make_group: GroupFactory, observer: Obse
         "KV memory: %d tokens in %d pages, enough for %d requests of %d tokens at once",
         tokens * parallel.data, num_pages * parallel.data, tokens // min(held, tokens) * parallel.data, max_model_len,
     )  # fmt: skip
-    engine = Engine(config, model, group, placement, num_pages, max_model_len, tokenizer, observer)
+    engine = Engine(config, model, group, placement, num_pages, max_model_len, tokenizer, observer, crash_directory)
     try:
         await engine.proved()
     except BaseException:

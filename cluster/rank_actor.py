@@ -11,7 +11,10 @@ import os
 import tempfile
 import threading
 
+import torch
+
 from cluster.config import EngineConfig
+from cluster.crash_bundle import MAX_STACKS, RankReport
 from cluster.errors import StepFailed
 from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
@@ -20,7 +23,6 @@ from cluster.worker import Worker
 from model.comm import alone
 
 COLLECTIVE_TIMEOUT_S = 3600.0  # longer than any step's deadline: what hangs is aborted from outside
-STACKS_BYTES = 64 << 10
 
 
 class RankActor:
@@ -77,17 +79,16 @@ class RankActor:
         with self._busy:
             pass
 
-    def stacks(self) -> str:
-        """Where every thread is."""
+    def report(self) -> RankReport:
+        """What can be said of this process, whatever its worker does or waits for."""
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            return file.read(STACKS_BYTES).decode(errors="replace")
-
-    def memory_bytes(self) -> int:
-        """Of this process, resident."""
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            stacks = file.read(MAX_STACKS).decode(errors="replace")
+        with open("/proc/self/statm") as statm:
+            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        device = torch.cuda.memory_allocated() if self._config.device == "cuda" else 0
+        return RankReport(self._rank, stacks, resident, device)
 
     def fetch(self, placement: Placement) -> None:
         self._worker.fetch(placement)

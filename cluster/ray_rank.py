@@ -3,7 +3,7 @@
 Beside the thread that works an actor has threads that never wait for it:
 
     heartbeat  1   "are you there?", and nothing else, so that nothing can be in its way
-    control    4   watch (never returns), progress, abort, stacks
+    control    4   watch (never returns), progress, abort, report
     beside     4   grammars compiled, experts fetched
 """
 
@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import EngineConfig
@@ -36,10 +37,13 @@ class Place:
     host: str
     address: str
     node: str  # Ray's id of the node
+    gpus: tuple[str, ...]  # that the actor may see
 
 
 class RayRank(RankActor):
     """A rank that can say where Ray put it."""
+
+    _gpus: tuple[str, ...] = ()  # taken over; else Ray's own
 
     def place(self) -> Place:
         import socket
@@ -47,7 +51,15 @@ class RayRank(RankActor):
         import ray
 
         address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return Place(os.getpid(), socket.gethostname(), address, ray.get_runtime_context().get_node_id())
+        context = ray.get_runtime_context()
+        gpus = self._gpus or tuple(context.get_accelerator_ids().get("GPU", ()))
+        return Place(os.getpid(), socket.gethostname(), address, context.get_node_id(), gpus)
+
+    def see(self, gpus: tuple[str, ...]) -> None:
+        """Take over the devices of a rank that is gone. Nothing has touched a device in this process yet."""
+        self._gpus = gpus
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
 
 
 class Rank:
@@ -186,3 +198,11 @@ def _own_node() -> str:
 
     node: str = ray.get_runtime_context().get_node_id()
     return node
+
+
+def session_directory() -> Path:
+    """Where Ray keeps what this cluster writes on this machine; log collectors look there."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir()) / context.get_session_name() / "logs"

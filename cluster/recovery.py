@@ -11,10 +11,12 @@ tokens were told to nobody, and the same are sampled again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from time import monotonic
 
+from cluster.crash_bundle import CrashBundles
 from cluster.errors import StepFailed
+from cluster.messages import StepPlan
 from cluster.observer import Observer
 from cluster.scheduler import Event, Scheduler
 from cluster.suspects import CULPRIT, Suspects
@@ -28,10 +30,13 @@ MAX_FRUITLESS = 3  # recoveries without a culprit and without a completed step b
 class Recovery:
     """Works on the engine's thread; `active` and `count` may be read by others."""
 
-    def __init__(self, scheduler: Scheduler, group: WorkerGroup, observer: Observer) -> None:
+    def __init__(
+        self, scheduler: Scheduler, group: WorkerGroup, observer: Observer, bundles: CrashBundles | None
+    ) -> None:
         self._scheduler = scheduler
         self._group = group
         self._observer = observer
+        self._bundles = bundles
         self._suspects = Suspects()
         self._fruitless = 0
         self._convicted = False  # somebody, since a step was last completed
@@ -56,12 +61,18 @@ class Recovery:
         if not self._suspects.any and not self._convicted:
             self._fruitless = 0
 
-    def blame(self, failure: StepFailed, keys: Collection[str]) -> list[Event]:
-        """The ranks failed in a step for these requests, or between two. What to tell whoever cannot go on."""
+    def blame(self, failure: StepFailed, keys: Collection[str], plans: Iterable[StepPlan]) -> list[Event]:
+        """The ranks failed in a step for these requests, or between two. What to tell whoever cannot go on.
+
+        plans: the last ones.
+        """
         self._began = monotonic()
         self.active = True
         log.error("%s; the ranks are formed anew", failure)
         self._observer.rank_failed(failure.cause)
+        if self._bundles is not None:
+            path = self._bundles.write(failure, plans, self._group.ranks(), self._group.reports())
+            log.error("what was going on is written down in %s", path)
         self._suspects.forget_all_but(self._scheduler.keys)
         culprit = self._suspects.crashed(keys)
         if culprit is not None and not self._convicted:

@@ -1,7 +1,7 @@
 """All ranks of one replica as one thing that takes a plan and gives a result; and its form as Ray actors.
 
-The other form, for tests and offline use, is cluster/in_process_group.py. Knows lifecycles, not tokens; a single
-actor's is in cluster/ray_rank.py. Only these two files of cluster/ import ray.
+The other form, for tests and offline use, is cluster/in_process_group.py. Knows lifecycles, not tokens; what concerns
+a single actor, a step or the processes that stand by is in the files called ray_*.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic
 from typing import Any, Literal, Protocol
 
 from cluster.config import EngineConfig
+from cluster.crash_bundle import RankReport
 from cluster.errors import StepFailed
 from cluster.heartbeat import CHECK_EVERY_S, SILENT_S
 from cluster.memory import page_budget
@@ -22,7 +24,8 @@ from cluster.observer import FailureCause
 from cluster.placement import Placement
 from cluster.process_group import Transport
 from cluster.ray_rank import Rank, bundles_of_ranks, create, ended, failed, results
-from cluster.results import merge
+from cluster.ray_standby import Standbys
+from cluster.ray_step import RayStep
 from cluster.step_clock import StepClock
 from cluster.transport import shared_memory
 
@@ -33,7 +36,7 @@ START_TRIES = 3  # what a rank raises while loading ends the start at once; that
 STOP_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 5.0  # a rank that cannot leave a collective in this time is replaced
 FORM_TIMEOUT_S = 120.0
-DEATHS_WITHIN_S = 0.3  # a failed step is heard of before the death that caused it
+REPORTS_WITHIN_S = 1.0
 ROOM_NEWS_S = 30.0  # how often is said that a rank waits for room in the cluster
 LOADING_NEWS_S = 5.0  # and how far a rank has loaded
 PROGRESS_WITHIN_S = 2.0
@@ -73,6 +76,9 @@ class WorkerGroup(Protocol):
 
     def ranks(self) -> tuple[RankStatus, ...]: ...
 
+    def reports(self) -> tuple[RankReport, ...]:
+        """Where the threads of every rank are, of those that can still say it. Takes a second at most."""
+
     def stop(self) -> None:
         """End every rank. Safe at any time, and twice."""
 
@@ -101,6 +107,8 @@ class RayGroup:
         self._clock = StepClock()
         self._ranks: Mapping[int, Rank] = {}  # in order; replaced, never changed, since other threads look at it
         self._num_pages = 0
+        self._standbys = Standbys(config)
+        self._handed_out: deque[RayStep] = deque(maxlen=2)  # the last ones
         self._stopping = threading.Event()
         self.epoch = 0
 
@@ -129,6 +137,8 @@ class RayGroup:
         self.epoch += 1
         lost = set(self._ranks) if anew else self._find_lost()
         self._give_up(lost | self._abort(self._ranks.keys() - lost))
+        for step in self._handed_out:
+            step.abandon()
         self._fill()
         self.fetch(self._placement)  # some may have died between two placements
         empty = {number for number, rank in self._ranks.items() if rank.epoch < 0}
@@ -139,7 +149,9 @@ class RayGroup:
 
     def step(self, plan: StepPlan) -> PendingStep:
         ranks = list(self._ranks.values())
-        return _RayStep(ranks, [rank.actor.step.remote(plan) for rank in ranks], self._clock, self._placement)
+        step = RayStep(ranks, [rank.actor.step.remote(plan) for rank in ranks], self._clock, self._placement)
+        self._handed_out.append(step)
+        return step
 
     def fetch(self, placement: Placement) -> None:
         results([rank.ask("beside", "fetch", placement) for rank in self._ranks.values()])
@@ -155,8 +167,13 @@ class RayGroup:
         age = self._clock.age()
         return tuple(rank.status(self._config.device, age) for rank in self._ranks.values())
 
+    def reports(self) -> tuple[RankReport, ...]:
+        calls = [rank.ask("control", "report") for rank in self._ranks.values() if rank.state == "ready"]
+        return tuple(results([call for call in ended(calls, REPORTS_WITHIN_S) if not failed(call)]))
+
     def stop(self) -> None:
         self._stopping.set()
+        self._standbys.stop()
         ranks = list(self._ranks.values())
         for rank in ranks:
             rank.kill(by_force=rank.state == "frozen")
@@ -180,6 +197,12 @@ class RayGroup:
             rank.facts = facts
             read, seconds = facts.weight_bytes / 1e9, facts.load_seconds
             log.info("%s: %.2f GB in %.1f s, %.2f GB/s", rank, read, seconds, read / seconds)
+
+    def _make(self, number: int) -> Rank:
+        """From a process that stands by where the rank was, or a new one."""
+        before = self._ranks.get(number)
+        actor = None if before is None or before.place is None else self._standbys.take(before.place)
+        return Rank(number, actor or create(self._config, self._placement_group, number), self._placement)
 
     def _follow(self, ranks: Sequence[Rank]) -> None:
         """Say now and then how far each has read, until all have or one cannot."""
@@ -223,6 +246,7 @@ class RayGroup:
         results(joins, FORM_TIMEOUT_S)
         for rank in ranks:
             rank.joined(self.epoch)
+        self._standbys.fill({rank.place.node for rank in ranks if rank.place is not None})
 
     def _find_lost(self) -> set[int]:
         """Those that are known to be gone, and those of which nobody has heard yet."""
@@ -274,45 +298,3 @@ class RayGroup:
             self._on_loss(f"{names} died", epoch, "died")
         else:
             self._on_loss(f"{names} has not answered for {SILENT_S:g} s", epoch, "frozen")
-
-
-class _RayStep:
-    def __init__(self, ranks: list[Rank], references: list[Any], clock: StepClock, placement: Placement) -> None:
-        self._ranks = ranks
-        self._references = references
-        self._clock = clock
-        self._placement = placement
-
-    def result(self, timeout: float | None = None) -> StepResult:
-        import ray
-
-        try:
-            results: list[StepResult] = ray.get(self._references, timeout=timeout)
-        except ray.exceptions.GetTimeoutError:  # a TimeoutError
-            raise
-        except ray.exceptions.RayError as error:
-            raise self._failure() from error
-        self._clock.tick()
-        return merge(results, self._placement)
-
-    def _failure(self) -> StepFailed:
-        """Which rank failed, and how, in one sentence. A death comes first: the others only fail because of it."""
-        import ray
-
-        ended(self._references, DEATHS_WITHIN_S)
-        raised: list[tuple[Rank, Exception]] = []
-        for rank, reference in zip(self._ranks, self._references, strict=True):
-            try:
-                ray.get(reference, timeout=0)
-            except ray.exceptions.RayTaskError as error:
-                raised.append((rank, error.cause))
-            except ray.exceptions.RayActorError:
-                if rank.state == "frozen":
-                    return StepFailed(f"{rank} froze during a step", "frozen")
-                return StepFailed(f"{rank} died during a step", "died")
-            except ray.exceptions.GetTimeoutError:
-                continue
-        assert raised
-        rank, cause = min(raised, key=lambda failure: isinstance(failure[1], ConnectionError))
-        text = str(cause) if isinstance(cause, StepFailed) else f"{type(cause).__name__}: {cause}"
-        return StepFailed(f"{rank} failed in a step: {text}")

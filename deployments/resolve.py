@@ -110,6 +110,7 @@ def _engine_config(
             expert=parallel.expert,
             exchange=parallel.exchange,
             spare_slots=parallel.spare_slots,
+            standby=parallel.standby,
             threads_per_rank=threads,
             cpus_per_rank=cpus_per_rank,
         ),

@@ -107,7 +107,6 @@ def load(
         settings = Settings.model_validate(merged)
     except ValidationError as error:
         raise SettingsError(describe(error, Settings)[1]) from None
-    _refuse_what_is_not_there_yet(settings)
     if settings.autoscaling.min_replicas > settings.autoscaling.max_replicas:
         raise SettingsError(
             f"autoscaling.min_replicas {settings.autoscaling.min_replicas} is above "
@@ -149,17 +148,6 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
             raise SettingsError(f"{'.'.join(path[:depth])} must be a mapping to set {'.'.join(path)} in it.")
         tree = below
     tree[path[-1]] = value
-
-
-def _refuse_what_is_not_there_yet(settings: Settings) -> None:
-    """Fields of the configuration that have one possible value in this version."""
-    only: list[tuple[str, object, tuple[object, ...]]] = [
-        ("parallel.standby", settings.parallel.standby, (0,)),
-    ]
-    for path, value, possible in only:
-        if value not in possible:
-            choices = " or ".join("null" if choice is None else str(choice) for choice in possible)
-            raise SettingsError(f"{path}: {value} is not possible in this version; use {choices}.")
 
 
 def environment() -> Mapping[str, str]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from cluster.crash_bundle import RankReport
 from cluster.errors import StepFailed
 from cluster.messages import (
     LAST_SAMPLED,
@@ -125,6 +126,9 @@ class FakeGroup:
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return ()
+
+    def reports(self) -> tuple[RankReport, ...]:
+        return (RankReport(0, "File x.py, line 1", 1, 0),)
 
     def stop(self) -> None:
         self.stopped = True

@@ -69,6 +69,19 @@ def compute_for(actor: Any, seconds: float) -> None:
     actor._worker.step = compute_once
 
 
+def slow_fetch(actor: Any, seconds: float) -> None:
+    """Reading experts for another placement takes so long."""
+    from time import sleep
+
+    fetch = actor._worker.fetch
+
+    def fetch_slowly(placement: Any) -> None:
+        sleep(seconds)
+        fetch(placement)
+
+    actor._worker.fetch = fetch_slowly
+
+
 def open_files(actor: Any) -> list[str]:
     gc.collect()
     descriptors = Path("/proc/self/fd")

@@ -75,6 +75,13 @@ class Served:
         actor = self.engine._group._ranks[rank].actor  # type: ignore[attr-defined]
         return ray.get(actor.__ray_call__.options(concurrency_group="control").remote(function, *arguments))
 
+    def standby(self) -> int:
+        """The process that stands by, once it does."""
+        group: Any = self.engine._group
+        ((actor,),) = group._standbys._waiting.values()
+        pid: int = ray.get(actor.place.remote()).pid
+        return pid
+
     def settled(self, recoveries: int) -> None:
         """Wait until the engine serves again, after so many recoveries or more."""
         eventually(lambda: self.engine.stats().recoveries >= recoveries and self.engine.ready, "it serves again", 120)

@@ -6,6 +6,7 @@ The same sixteen streams run once undisturbed; then again and again while someth
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ import httpx
 import pytest
 from ray import cloudpickle
 
+from cluster.launch import CRASHES
+from cluster.ray_rank import session_directory
 from tests.cluster import faults
-from tests.cluster.served import Served, served
+from tests.cluster.served import Served, eventually, lives, served
 from tests.cluster.traffic import Answer, Run, bodies
 
 cloudpickle.register_pickle_by_value(faults)  # a rank's process does not know the tests
@@ -126,6 +129,53 @@ async def test_data_groups_that_are_whole_keep_their_pages(undisturbed: list[Ans
         assert 0 < again < prompts, f"{again} of {prompts} prompt tokens were computed again"
 
 
+async def test_a_process_that_stands_by_takes_over_and_another_stands_by_for_the_next(
+    undisturbed: list[Answer],
+) -> None:
+    with served(parallel={"tensor": 2, "standby": 1}) as server:
+        for victim in (1, 0):
+            standby = await asyncio.to_thread(server.standby)
+            trial = Trial(server, f"killed [{victim}], with a standby")
+            await trial.run.under_way()
+            os.kill(trial.pids[victim], signal.SIGKILL)
+            await trial.ends(undisturbed, "died")
+            assert server.pids[victim] == standby
+        last = await asyncio.to_thread(server.standby)
+    await asyncio.to_thread(eventually, lambda: not lives(last), "the last standby has ended too")
+
+
+async def test_experts_move_while_streams_run_also_after_a_death_in_the_middle(undisturbed: list[Answer]) -> None:
+    with served(parallel={"tensor": 2, "spare_slots": 2, "exchange": "all_to_all"}) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            await asyncio.to_thread(server.inside, 0, faults.slow_fetch, 1.0)
+            run = Run(server.url, bodies())
+            await run.under_way()
+            await asyncio.to_thread(eventually, lambda: any(map(any, server.engine.experts().load)), "load is known")
+            moving = asyncio.ensure_future(client.post("/v1/experts/rebalance"))
+            await asyncio.sleep(0.3)
+            os.kill(server.pids[1], signal.SIGKILL)
+            assert (await moving).status_code == 503
+            assert await run.done() == undisturbed
+            await asyncio.to_thread(server.settled, 1)
+            assert server.engine.experts().placement == 0, "the old placement stays"
+
+            run = Run(server.url, bodies())
+            await run.under_way()
+            moved = await client.post("/v1/experts/rebalance")
+            assert moved.status_code == 200, moved.text
+            before, after = (max(moved.json()[f"imbalance_{when}"]) for when in ("before", "after"))
+            print(f"rebalance: {moved.json()['moves']} slots, busiest layer {before:.2f} -> {after:.2f} of the mean")
+            assert await run.done() == undisturbed
+            assert server.notes.moves == [moved.json()["moves"]]
+            assert server.engine.experts().placement == 1
+
+            run = Run(server.url, bodies())
+            await run.under_way()
+            os.kill(server.pids[0], signal.SIGKILL)
+            assert await run.done() == undisturbed, "a new rank loads what the placement says"
+            assert server.notes.canaries.count(False) == 0
+
+
 async def test_a_rank_is_stopped(server: Served, undisturbed: list[Answer]) -> None:
     trial = Trial(server, "stopped")
     await trial.run.under_way()
@@ -142,6 +192,11 @@ async def test_a_rank_raises_in_a_step(server: Served, undisturbed: list[Answer]
     await asyncio.to_thread(server.inside, 1, faults.fail_next_step, error)
     await trial.ends(undisturbed, "step_failed")
     assert server.pids == trial.pids, "nobody died"
+    bundle = json.loads(max((session_directory() / CRASHES).iterdir()).read_text())
+    assert (bundle["cause"], error.__name__ in bundle["failure"]) == ("step_failed", True)
+    assert "experts 4 5 6 7" in bundle["failure"]
+    assert all("rank_actor.py" in report["stacks"] for report in bundle["reports"])
+    assert len(bundle["reports"]) == 2
 
 
 async def test_the_connection_between_ranks_breaks(server: Served, undisturbed: list[Answer]) -> None:

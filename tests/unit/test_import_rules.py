@@ -22,6 +22,8 @@ ONLY_IN = {
     "ray": {
         "cluster/worker_group.py",
         "cluster/ray_rank.py",
+        "cluster/ray_standby.py",
+        "cluster/ray_step.py",
         "deployments/app.py",
         "deployments/cli.py",
         "deployments/ingress.py",

@@ -68,7 +68,7 @@ def test_an_override_can_say_null() -> None:
         ({"served_model_name": [1]}, r"served_model_name"),
         ({1: 2}, r"\[1\]: Keys should be strings"),
         ({"autoscaling": {"min_replicas": 3}}, "min_replicas 3 is above max_replicas 1"),
-        ({"parallel": {"standby": 1}}, "parallel.standby: 1 is not possible in this version; use 0"),
+        ({"parallel": {"standby": 17}}, "parallel.standby: should be less than or equal to 16"),
     ],
 )
 def test_a_wrong_field_is_refused_in_one_sentence(args: dict[Any, Any], message: str) -> None:
