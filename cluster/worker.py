@@ -33,6 +33,7 @@ from model.checkpoint import load_experts, load_weights
 from model.comm import Groups
 from model.config import load_config
 from model.exchange import OneRank, SlotLoad
+from model.expert_stack import put_together
 from model.grammar import CompiledGrammar, GrammarCompiler
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
@@ -74,7 +75,7 @@ class Worker:
         began = monotonic()
         directory = self._directory = Path(self._config.model_path)
         self._model_config = load_config(directory)
-        self._refuse_what_is_too_large()
+        workspace = self._refuse_what_is_too_large()
         weights = load_weights(
             directory,
             self._model_config,
@@ -84,6 +85,8 @@ class Worker:
             quantization=self._quantization,
             progress=progress,
         )
+        if self._device.type == "cuda":
+            put_together(weights)
         self._held = hold(self._model_config, self.rank, self._placement, weights)
         self._tokenizer = load_tokenizer(directory)
         self._compiler = GrammarCompiler(
@@ -97,7 +100,7 @@ class Worker:
             weight_bytes=weights.nbytes,
             load_seconds=monotonic() - began,
             bytes_per_page=page,
-            free_bytes=self._free_bytes(),
+            free_bytes=max(0, self._free_bytes() - (workspace if self._device.type == "cuda" else 0)),
         )
 
     def join(self, groups: Groups, num_pages: int) -> None:
@@ -280,8 +283,8 @@ class Worker:
                 pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
         return pooled
 
-    def _refuse_what_is_too_large(self) -> None:
-        """Before anything is read that there is no room for."""
+    def _refuse_what_is_too_large(self) -> int:
+        """Before anything is read that there is no room for. Bytes that a step needs beside weights and pages."""
         saved, scheduler = self._model_config.quantization, self._config.scheduler
         holds = footprint(
             self._model_config,
@@ -297,8 +300,10 @@ class Worker:
                 f"rank {self.rank}'s weights take {holds.weights} bytes and its {self._device.type} lacks {lacks} of "
                 "them: use more ranks or a quantization (mixtral-serve plan compares them)"
             )
+        return holds.workspace
 
     def _free_bytes(self) -> int:
         if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what only torch still holds is free as well
             return int(torch.cuda.mem_get_info(self._device)[0])
         return available_bytes()

@@ -1,4 +1,4 @@
-"""The experts of one block as one piece of memory per product, which kernels for all of them together want.
+"""The experts of a block as one piece of memory per product, which kernels for all of them together want.
 
 E: experts.  O, I: features out and in.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from model.layers import Linear, PlainLinear
 from model.quantization import QuantizedWeight
 from model.quantized_linear import Fp8Linear, QuantizedLinear
+from model.weights import MixtralWeights
 
 if TYPE_CHECKING:
     from model.kernels.weight_tiles import WeightStack
@@ -54,3 +55,10 @@ def together(parts: Sequence[Tensor]) -> Tensor:
     if not adjacent:
         return torch.stack(list(parts))
     return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
+
+
+def put_together(weights: MixtralWeights) -> None:
+    """Every block's experts, while there is room: what this frees is free before pages are given what is left."""
+    for block in weights.blocks:
+        stack_linears([expert.gate_up for expert in block.experts])
+        stack_linears([expert.down for expert in block.experts])

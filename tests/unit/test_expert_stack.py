@@ -7,10 +7,13 @@ from typing import get_args
 import pytest
 import torch
 
-from model.expert_stack import stack_linears, together
+from model.config import MixtralConfig
+from model.expert_stack import put_together, stack_linears, together
 from model.layers import PlainLinear, make_linear
 from model.quantization import Mode, quantize
 from model.quantized_linear import QuantizedLinear
+from tests.random_model import RandomModel
+from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="stacks are what kernels read")
 
@@ -52,3 +55,14 @@ def test_parts_that_lie_together_stay_where_they_are() -> None:
         found = together(scattered)
         assert torch.equal(found, torch.stack(scattered))
         assert found.data_ptr() != WEIGHTS.data_ptr()
+
+
+def test_all_blocks_are_put_together() -> None:
+    weights = RandomModel(MixtralConfig.from_dict(CONFIG, "config.json"), torch.device("cpu"), torch.float32).weights()
+    linears = [[getattr(e, name) for e in block.experts] for block in weights.blocks for name in ("gate_up", "down")]
+    for linear in (linear for stack in linears for linear in stack):
+        linear.weight_OI = linear.weight_OI.clone()
+    put_together(weights)
+    for stack in linears:
+        parts = [linear.weight_OI for linear in stack]
+        assert together(parts).data_ptr() == parts[0].data_ptr()
