@@ -34,12 +34,17 @@ FLEET = Dashboard(
             (
                 Panel(
                     "Ranks", "short", "1: ready. 0: loading, frozen or dead.",
-                    (Query('min by (replica, rank) (mixtral_rank_up{SEL,rank=~"$rank"})', "{{replica}} rank {{rank}}"),),
+                    (
+                        Query(
+                            'min by (replica, rank) (mixtral_rank_up{SEL,rank=~"$rank"})', "{{replica}} rank {{rank}}"
+                        ),
+                    ),
                     width=6,
                 ),
                 Panel(
                     "Ranks by node", "short", "Where they are; one that is dead is nowhere.",
-                    (Query("sum by (node, device) (mixtral_rank_info{SEL})", "{{node}} {{device}}"),), "stacked", width=6,
+                    (Query("sum by (node, device) (mixtral_rank_info{SEL})", "{{node}} {{device}}"),),
+                    "stacked", width=6,
                 ),
                 Panel(
                     "Failures by cause", "short", "Each begins a recovery.",
