@@ -33,7 +33,7 @@ def make(mode: Mode, rows: int = 48, columns: int = 128) -> QuantizedWeight:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 64, 65])
-@pytest.mark.parametrize("features", [48, 40])
+@pytest.mark.parametrize("features", [48, 40, 1200])
 def test_it_multiplies_with_what_the_weight_stands_for(
     mode: Mode, dtype: torch.dtype, rows: int, features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
