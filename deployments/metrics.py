@@ -73,8 +73,8 @@ class Metrics:
 
         self._iteration_tokens = self._histogram("iteration_tokens", "Tokens computed in one step.", _TOKENS)
         self._step = self._histogram("step_duration_seconds", "From handing a step out to its result.", _STEP_S)
-        self._parts = self._counter("step_seconds", "Time of steps by what it was spent on, on rank 0.", "part")
-        self._part_clocks = _begin_at_zero(self._parts, ("schedule", *_PARTS, "postprocess", "publish"))
+        parts = self._counter("step_seconds", "Time of steps by what it was spent on, on rank 0.", "part")
+        self._part_clocks = _begin_at_zero(parts, ("schedule", *_PARTS, "postprocess", "publish"))
         exchanges = self._counter("steps_by_exchange", "Steps by how the ranks exchanged tokens.", "exchange")
         self._exchanges = _begin_at_zero(exchanges, get_args(Exchange))
         self._expert_tokens: list[dict[int, int]] = []  # per layer and expert
@@ -196,7 +196,7 @@ class Metrics:
     def _add_rows(self, slot_rows: Sequence[Sequence[int]], slot_experts: Sequence[Sequence[int]]) -> None:
         while len(self._expert_tokens) < len(slot_rows):
             self._expert_tokens.append({})
-        for totals, layer_rows, experts in zip(self._expert_tokens, slot_rows, slot_experts, strict=False):
+        for totals, layer_rows, experts in zip(self._expert_tokens, slot_rows, slot_experts, strict=True):
             for rows, expert in zip(layer_rows, experts, strict=True):
                 totals[expert] = totals.get(expert, 0) + rows
 

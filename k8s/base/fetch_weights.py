@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 WANTED = ["*.json", "*.model", "model*.safetensors"]  # and not the same weights once more in another layout
@@ -38,16 +39,18 @@ class Expected:
 
 def expected(repository: str, revision: str) -> Iterator[Expected]:
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
     info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     if info.sha != revision:
         raise SystemExit(f"REVISION must be a commit, which {revision} is not; it is at {info.sha} now")
-    for file in filter_repo_objects(info.siblings or [], allow_patterns=WANTED, key=lambda file: file.rfilename):
-        yield Expected(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
+    for file in info.siblings or []:
+        if any(fnmatch(file.rfilename, pattern) for pattern in WANTED):
+            assert file.size is not None, "asked for with files_metadata"
+            assert file.blob_id is not None, "asked for with files_metadata"
+            yield Expected(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
 
 
-def fill(directory: Path, files: list[Expected], fetch: Callable[[str], None]) -> None:
+def fill(directory: Path, files: list[Expected], fetch: Callable[[str], object]) -> None:
     """Every file, fetched where it is missing, and again where what came is not what was expected."""
     for number, file in enumerate(files, 1):
         path = directory / file.name

@@ -23,6 +23,7 @@ from grafana_foundation_sdk.models.dashboard import (
     DashboardLinkType,
     DataSourceRef,
     DataTransformerConfig,
+    FieldColorModeId,
     VariableOption,
     VariableRefresh,
 )
@@ -141,7 +142,7 @@ def _matrix(panel: Panel) -> table.Panel:
             DataTransformerConfig(id_val="sortBy", options={"sort": [{"field": f"{rows}\\{columns}"}]})
         )
         .cell_options(coloured)
-        .color_scheme(builders.FieldColor().mode("continuous-YlRd"))
+        .color_scheme(builders.FieldColor().mode(FieldColorModeId.CONTINUOUS_YL_RD))
     )
 
 
