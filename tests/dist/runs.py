@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
+from cluster.config import Dtype, EngineConfig, KVConfig, ParallelConfig, Quantization, SchedulerConfig
 from cluster.kv_pool import PagePool
 from cluster.messages import EncodeRequest, Exchange, Request, SamplingParams, StepPlan, StepResult, TokenEvent
 from cluster.placement import Placement, even_placement
@@ -34,17 +34,24 @@ class Recorded:
     preemptions: int
 
 
-def engine_config(directory: Path, parallel: ParallelConfig) -> EngineConfig:
+def engine_config(
+    directory: Path,
+    parallel: ParallelConfig,
+    dtype: Dtype = "float32",
+    quantization: Quantization = "none",
+) -> EngineConfig:
     return EngineConfig(
         str(directory),
+        dtype=dtype,
+        quantization=quantization,
         parallel=parallel,
         kv=KVConfig(page_size=PAGE),
         scheduler=SchedulerConfig(max_running=4, max_step_tokens=12),
     )
 
 
-def placement_for(directory: Path, parallel: ParallelConfig) -> Placement:
-    model = load_config(directory)
+def placement_for(config: EngineConfig) -> Placement:
+    model, parallel = load_config(Path(config.model_path)), config.parallel
     return even_placement(
         model.num_hidden_layers,
         model.num_local_experts,
@@ -70,11 +77,13 @@ def requests() -> list[Request | EncodeRequest]:
     return wanted
 
 
-def record(directory: Path, data: int) -> Recorded:
+def record(config: EngineConfig) -> Recorded:
     """Each data group on a worker of its own, which has all of the model."""
-    config = engine_config(directory, ParallelConfig())
+    data = config.parallel.data
     pages = PAGES.get(data, 12)
-    workers = [Worker(0, config, placement_for(directory, ParallelConfig())) for _ in range(data)]
+    config = replace(config, parallel=ParallelConfig())
+    placement = placement_for(config)
+    workers = [Worker(0, config, placement) for _ in range(data)]
     for worker in workers:
         worker.load()
         worker.join(alone(), pages)
@@ -84,7 +93,6 @@ def record(directory: Path, data: int) -> Recorded:
         scheduler.add(request.request_id, request, 0.0)
     group_of: dict[int, int] = {}
     plans, results, expert_rows = [], [], []
-    placement = placement_for(directory, ParallelConfig())
     texts: dict[tuple[str, int], tuple[int, ...]] = {}
     under_way: deque[StepPlan] = deque()
     while scheduler.has_work:
@@ -139,20 +147,16 @@ def moved(placement: Placement) -> Placement:
 
 
 def replay(
-    groups: Groups,
-    directory: Path,
-    parallel: ParallelConfig,
-    plans: tuple[StepPlan, ...],
-    exchanges: tuple[Exchange, ...],
+    groups: Groups, config: EngineConfig, plans: tuple[StepPlan, ...], exchanges: tuple[Exchange, ...]
 ) -> list[StepResult]:
     """One rank's results, the exchanges taking turns.
 
     Half-way, experts move; before and after, a canary sees to it that they are in order.
     """
-    placement = placement_for(directory, parallel)
-    worker = Worker(groups.world.rank, engine_config(directory, parallel), placement)
+    placement = placement_for(config)
+    worker = Worker(groups.world.rank, config, placement)
     worker.load()
-    worker.join(groups, PAGES.get(parallel.data, 12))
+    worker.join(groups, PAGES.get(config.parallel.data, 12))
     numbers = itertools.count()
     results = []
     for index, (plan, exchange) in enumerate(zip(plans, itertools.cycle(exchanges))):

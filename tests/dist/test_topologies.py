@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config import ExchangeChoice, ParallelConfig
+from cluster.config import EngineConfig, ExchangeChoice, ParallelConfig
 from cluster.messages import Exchange, StepResult, TokenLogprob
 from cluster.process_group import Transport
 from cluster.results import merge
 from cluster.transport import shared_memory
 from tests.dist.ranks import run_ranks
-from tests.dist.runs import Recorded, moved, placement_for, record, replay, rows_of_experts
+from tests.dist.runs import Recorded, engine_config, moved, placement_for, record, replay, rows_of_experts
 from tests.tiny import write_checkpoint
 
 EVERYTHING = bool(os.environ.get("MIXTRAL_TEST_ALL"))
@@ -76,8 +76,11 @@ def case_id(case: tuple[str, ParallelConfig]) -> str:
     return f"{name}-tensor{layout.tensor}-data{layout.data}-{expert}-{layout.exchange}"
 
 
+Record = Callable[[str, ParallelConfig], tuple[EngineConfig, Recorded]]
+
+
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, Recorded]]:
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """What one process gives for a checkpoint, with so many data groups."""
 
     @cache
@@ -87,68 +90,86 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], t
         return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", **CHECKPOINTS[name])
 
     @cache
-    def made(name: str, data: int) -> tuple[Path, Recorded]:
-        return checkpoint(name), record(checkpoint(name), data)
+    def made(name: str, data: int) -> Recorded:
+        return record(engine_config(checkpoint(name), ParallelConfig(data=data)))
 
-    return made
+    return lambda name, layout: (engine_config(checkpoint(name), layout), made(name, layout.data))
 
 
-def test_data_groups_preemption_and_cached_prefixes_change_no_text(
-    recorded: Callable[[str, int], tuple[Path, Recorded]],
-) -> None:
+def test_data_groups_preemption_and_cached_prefixes_change_no_text(recorded: Record) -> None:
     """In one process: what the other tests compare with."""
-    _, alone = recorded("8 experts", 1)
+    _, alone = recorded("8 experts", ParallelConfig())
     assert alone.preemptions > 0
     assert any(result.routing for result in alone.results)
     for data in (2, 4):
-        _, grouped = recorded("8 experts", data)
+        _, grouped = recorded("8 experts", ParallelConfig(data=data))
         assert grouped.texts == alone.texts
         assert any(0 in plan.group_tokens for plan in grouped.plans), "no group was idle"
 
 
 @pytest.mark.parametrize("case", cases(), ids=case_id)
-def test_ranks_give_what_one_process_gives(
-    case: tuple[str, ParallelConfig], recorded: Callable[[str, int], tuple[Path, Recorded]]
-) -> None:
-    name, layout = case
-    directory, expected = recorded(name, layout.data)
-    assert layout.exchange != "auto"
-    check(layout, (layout.exchange,), directory, expected, FAST)
+def test_ranks_give_what_one_process_gives(case: tuple[str, ParallelConfig], recorded: Record) -> None:
+    exchange = case[1].exchange
+    assert exchange != "auto"
+    check(*recorded(*case), (exchange,), FAST)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_every_transport_with_exchanges_in_turn(
-    transport: Transport, recorded: Callable[[str, int], tuple[Path, Recorded]]
-) -> None:
-    check(ParallelConfig(2, 2, 2), ("all_to_all", "all_reduce"), *recorded("5 experts", 2), transport)
+def test_every_transport_with_exchanges_in_turn(transport: Transport, recorded: Record) -> None:
+    check(*recorded("5 experts", ParallelConfig(2, 2, 2)), ("all_to_all", "all_reduce"), transport)
 
 
-def check(
-    layout: ParallelConfig,
-    exchanges: tuple[Exchange, ...],
-    directory: Path,
-    expected: Recorded,
-    transport: Transport,
-) -> None:
+def test_every_rank_quantises_alike(recorded: Record) -> None:
+    config, _ = recorded("8 experts", ParallelConfig(2, 2, 2))
+    config = replace(config, quantization="int8")
+    check(config, record(config), ("all_to_all", "all_reduce"), FAST)
+
+
+def test_bfloat16_stays_within_rounding(recorded: Record) -> None:
+    """Sampled tokens may differ there, and what follows them: so what is of prompts alone is compared."""
+    config, _ = recorded("8 experts", ParallelConfig(2, 2, 2))
+    config = replace(config, dtype="bfloat16")
+    expected = record(config)
+    found = merged_results(config, expected, ("all_to_all", "all_reduce"), FAST)
+    rounding = 3e-2
+    for ours, one in zip(found, expected.results, strict=True):
+        assert ours.seqs == one.seqs, "none is lost, and none comes twice"
+        assert ours.pooled.keys() == one.pooled.keys()
+        for seq, rows in one.pooled.items():
+            theirs = torch.tensor(rows)
+            atol = rounding * float(theirs.abs().max())
+            torch.testing.assert_close(torch.tensor(ours.pooled[seq]), theirs, rtol=0, atol=atol)
+        for seq, each in one.prompt_logprobs.items():
+            for mine, other in zip(ours.prompt_logprobs[seq], each, strict=True):
+                assert mine.logprob == pytest.approx(other.logprob, abs=rounding * 10)
+    assert any(result.pooled for result in found)
+    assert any(result.prompt_logprobs for result in found)
+
+
+def merged_results(
+    config: EngineConfig, expected: Recorded, exchanges: tuple[Exchange, ...], transport: Transport
+) -> list[StepResult]:
     ranks = run_ranks(
-        layout.ranks,
+        config.parallel.ranks,
         replay,
-        directory,
-        layout,
+        config,
         expected.plans,
         exchanges,
-        tensor=layout.tensor,
+        tensor=config.parallel.tensor,
         transport=transport,
         timeout_s=300,  # of machines that have much else to do
     )
-    first = placement_for(directory, layout)
-    steps = zip(zip(*ranks, strict=True), expected.results, expected.expert_rows, strict=True)
-    for index, (results, one, rows) in enumerate(steps):
-        placement = first if index < len(expected.plans) // 2 else moved(first)
-        found = merge(results, placement)
-        same(found, one)
+    return [merge(results, placement_for(config)) for results in zip(*ranks, strict=True)]
+
+
+def check(config: EngineConfig, expected: Recorded, exchanges: tuple[Exchange, ...], transport: Transport) -> None:
+    found = merged_results(config, expected, exchanges, transport)
+    first = placement_for(config)
+    for index, (ours, one, rows) in enumerate(zip(found, expected.results, expected.expert_rows, strict=True)):
+        same(ours, one)
         # One process computes only some rows of the last layer: nobody asks for the others.
-        assert rows_of_experts(found, placement)[:-1] == rows[:-1]
+        placement = first if index < len(found) // 2 else moved(first)
+        assert rows_of_experts(ours, placement)[:-1] == rows[:-1]
 
 
 def same(found: StepResult, expected: StepResult) -> None:
