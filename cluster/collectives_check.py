@@ -189,6 +189,8 @@ class _RankChecks:
         return int(self._store.port)
 
     def join(self, rendezvous: Rendezvous) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # NCCL binds to the current one, which is each thread's own
         self._membership = join(rendezvous, self._rank, LOOPBACK, self._store)
 
     def abort(self) -> None:
