@@ -184,9 +184,7 @@ class RayGroup:
     def _fill(self) -> None:
         """Start the ranks that are missing, and wait until all have loaded."""
         missing = {n for n in range(self._config.parallel.ranks) if n not in self._ranks or self._ranks[n].lost}
-        made = {
-            n: Rank(n, create(self._config, self._placement_group, self._bundles[n]), self._placement) for n in missing
-        }
+        made = {number: self._make(number) for number in missing}
         self._ranks = dict(sorted({**self._ranks, **made}.items()))
         loading = [rank for rank in self._ranks.values() if rank.facts is None]
         self._wait_for_room(loading)
@@ -202,7 +200,9 @@ class RayGroup:
         """From a process that stands by where the rank was, or a new one."""
         before = self._ranks.get(number)
         actor = None if before is None or before.place is None else self._standbys.take(before.place)
-        return Rank(number, actor or create(self._config, self._placement_group, number), self._placement)
+        if actor is None:
+            actor = create(self._config, self._placement_group, self._bundles[number])
+        return Rank(number, actor, self._placement)
 
     def _follow(self, ranks: Sequence[Rank]) -> None:
         """Say now and then how far each has read, until all have or one cannot."""
