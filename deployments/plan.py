@@ -18,6 +18,8 @@ from cluster.step_floor import Hardware
 from deployments.settings import Scheduler, SettingsError
 from model.config import MixtralConfig, load_config
 from model.errors import ModelError
+from model.quantized_slices import loading_mode
+from model.shard import Shard
 
 GIB = 1 << 30
 NVLINK_3, NVLINK_4, NVLINK_5, PCIE_4 = 300e9, 450e9, 900e9, 32e9  # bytes a second, one direction
@@ -85,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         kv=KVConfig(),
         scheduler=SchedulerConfig(scheduler.max_running, scheduler.max_step_tokens, scheduler.max_waiting),
     )
-    found = estimates(model, options.gpus, hardware, config, _workload(options, context))
+    found = estimates(model, options.gpus, hardware, config, _workload(options, model, context))
     if not found:
         raise SettingsError(f"no layout of {options.gpus} GPUs divides the model's heads; use another number.")
     print(report(found, hardware, context))
@@ -177,9 +179,15 @@ def _model(text: str) -> MixtralConfig:
         raise SettingsError(f"model: {error}.") from None
 
 
-def _workload(options: argparse.Namespace, context: int) -> Workload:
-    itemsize, mode = ITEMSIZE[options.dtype], options.quantization
-    return Workload(context, itemsize, matrix_bytes(None if mode == "none" else mode, itemsize))
+def _workload(options: argparse.Namespace, model: MixtralConfig, context: int) -> Workload:
+    itemsize, mode = ITEMSIZE[options.dtype], None if options.quantization == "none" else options.quantization
+    try:
+        loading_mode(model, Shard(), mode)
+    except ModelError as error:
+        raise SettingsError(f"--quantization: {error}.") from None
+    if model.quantization is not None:
+        mode = model.quantization.mode
+    return Workload(context, itemsize, matrix_bytes(mode, itemsize))
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

@@ -10,6 +10,7 @@ import pytest
 from cluster.config import EngineConfig, ParallelConfig
 from cluster.placement import even_placement
 from cluster.worker import Worker
+from deployments.cli import main
 from deployments.layout import Machine
 from deployments.resolve import resolve
 from deployments.settings import SettingsError, load
@@ -88,3 +89,14 @@ def test_a_rank_reports_the_bytes_it_keeps(tmp_path: Path, mode: Mode) -> None:
     projections = 2 * (4 * Q * D + 4 * 3 * F * D)
     saved = projections * (4 - BITS[mode] / 8)
     assert kept["none"] - kept[mode] == pytest.approx(saved, rel=0.02)
+
+
+def test_a_plan_counts_what_was_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = write_checkpoint(tmp_path / "plain", **SIZES)
+    quantize_checkpoint(plain, tmp_path / "int4", "int4")
+    assert main(["plan", str(plain), "--quantization", "int4"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["plan", str(tmp_path / "int4")]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["plan", str(tmp_path / "int4"), "--quantization", "fp8"]) == 2
+    assert "--quantization: the checkpoint is int4 already and cannot become fp8" in capsys.readouterr().err
