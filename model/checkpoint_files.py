@@ -1,7 +1,7 @@
 """The open files of one checkpoint, and matrices out of them as the model wants them, whole or cut for a rank.
 
 How files spell tensors: dialects.py, and quantized_files.py where they are quantised. How tensors lie in files:
-tensor_files.py. Who asks: checkpoint.py, to load a rank's weights, convert.py and quantize.py.
+tensor_files.py. Who asks: checkpoint.py, to load a rank's weights, convert.py and quantized_writer.py.
 
 O, I: features out and in.  C: head_dim.
 """

@@ -69,6 +69,7 @@ class QuantizedFormat(Protocol):
 
 
 def divided(columns: range, by: int) -> range:
+    """The same columns where `by` of them lie together."""
     assert columns.start % by == 0
     assert columns.stop % by == 0
     return range(columns.start // by, columns.stop // by)
