@@ -176,9 +176,11 @@ class GroupedAllReduce(Share):
         packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
         gathered = self._world.all_gather(packed, self._shares)
         widths = [part.shape[1] * part.element_size() for part in parts]
+        columns = torch.split(gathered, widths, 1)
+        # Cloned, for a piece of one row would otherwise keep its place in the row, where no number may begin.
         x_TD, expert_TK, weight_TK = (
-            column.contiguous().view(part.dtype)
-            for column, part in zip(torch.split(gathered, widths, 1), parts, strict=True)
+            column.clone(memory_format=torch.contiguous_format).view(part.dtype)
+            for column, part in zip(columns, parts, strict=True)
         )
         return self._own.take(layer, x_TD, expert_TK, weight_TK)
 

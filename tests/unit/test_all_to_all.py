@@ -129,6 +129,24 @@ def test_every_layout_gives_what_the_definition_says(mode: Exchange, case: Case,
         assert +counted == pairs
 
 
+def test_a_single_row_of_an_odd_width_travels_in_groups() -> None:
+    """Two bytes each: what follows the row begins where no float may."""
+    x_1D = torch.arange(3.0)[None].bfloat16()
+
+    def rank_main(groups: Groups) -> tuple[Tensor, Tensor]:
+        tokens = [1, 0]
+        exchange = exchange_for("all_reduce", groups, SlotTables(even_placement(1, 2, 2), CPU), tokens)
+        own = slice(0, tokens[groups.world.rank])
+        sent = exchange.dispatch(0, x_1D[own], torch.tensor([[1, 0]])[own], torch.tensor([[0.75, 0.25]])[own])
+        return sent.x_ND, exchange.combine(sent, sent.x_ND * (1 + groups.world.rank))
+
+    (first, output), (second, nothing) = on_groups(1, 2, rank_main)
+    assert torch.equal(first, x_1D)
+    assert torch.equal(second, x_1D)
+    assert torch.equal(output, x_1D.float() * 1.75)
+    assert len(nothing) == 0
+
+
 def test_replicas_take_turns() -> None:
     """Expert 0 sits on both ranks: half of its tokens go to each, whoever sends them."""
     placement = Placement(2, 2, ((0, 1, 0, 2),))
