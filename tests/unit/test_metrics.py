@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.messages import EngineStats, StepTimes, TokenEvent
 from cluster.observer import StepRecord
 from deployments.access_log import Record
+from deployments.api import create_app
+from deployments.live import Live
 from deployments.metrics import MOST, Metrics
-from tests.unit.fake_engine import MODEL, FakeEngine, failing, http, spelling
+from deployments.settings import load
+from tests.unit.fake_engine import MODEL, FakeEngine, failing, http, resolved, spelling
 
 STATS = EngineStats(1, 2, 30, 4, steps=5, prompt_tokens=6, generated_tokens=7, preemptions=0)
 STEP = StepRecord(
@@ -221,6 +225,17 @@ async def test_whether_a_key_is_needed_is_a_setting(open_metrics: bool, status: 
         assert (await client.get("/v1/models")).status_code == 401
     assert allowed.status_code == 200
     assert "secret" not in allowed.text
+
+
+async def test_metrics_open_and_close_while_serving() -> None:
+    live = Live(load({"auth": {"api_keys_env": "KEYS"}}), {"KEYS": "secret"})
+    transport = httpx.ASGITransport(create_app(FakeEngine(), resolved(load({})), live))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/metrics")).status_code == 401
+        live.apply({"auth": {"open_metrics": True}})
+        assert (await client.get("/metrics")).status_code == 200
+        live.apply(None)
+        assert (await client.get("/metrics")).status_code == 401
 
 
 async def test_usage_of_a_key_goes_by_its_name() -> None:
