@@ -242,6 +242,11 @@ class RequestTimer:
     def __exit__(self, *_: object) -> None:
         self._metrics.unstarted.pop(self, None)
 
+    def whole(self) -> None:
+        """The answer came in one piece: an embedding, or scores."""
+        self._metrics.finished("stop")
+        self._metrics.request.observe(self._metrics.clock() - self.arrived)
+
     def event(self, event: TokenEvent) -> None:
         metrics, now = self._metrics, self._metrics.clock()
         if event.waited_s is not None:

@@ -126,16 +126,18 @@ class Poolers:
 
         async def one(index: int, ids: Ids) -> Rows:
             async with places:
-                return await self._service.engine.encode(
-                    EncodeRequest(
-                        f"{record.request_id}-{index}",
-                        tuple(ids),
-                        pooling,
-                        priority=priority,
-                        user=f"{record.key or ''}:{user}",
-                        deadline_s=deadline_s,
-                    )
+                encode = EncodeRequest(
+                    f"{record.request_id}-{index}",
+                    tuple(ids),
+                    pooling,
+                    priority=priority,
+                    user=f"{record.key or ''}:{user}",
+                    deadline_s=deadline_s,
                 )
+                with self._service.metrics.timer(choices=1) as timer:
+                    rows = await self._service.engine.encode(encode)
+                    timer.whole()
+                return rows
 
         try:
             async with asyncio.timeout(limits.request_timeout_s):

@@ -208,6 +208,16 @@ async def test_over_http() -> None:
     assert values["mixtral_expert_imbalance_ratio{layer=0}"] == 1.25
 
 
+async def test_an_embedding_is_an_answer_too() -> None:
+    async with http(FakeEngine()) as client:
+        await client.post("/v1/embeddings", json={"model": MODEL, "input": ["a", "b"]})
+        values = read((await client.get("/metrics")).text)
+    assert values["mixtral_request_success_total{finished_reason=stop}"] == 2
+    assert values["mixtral_e2e_request_latency_seconds_count"] == 2
+    assert values["mixtral_time_to_first_token_seconds_count"] == 0
+    assert values["mixtral_longest_wait_seconds"] == 0
+
+
 async def test_an_error_in_a_stream_is_counted() -> None:
     async with http(FakeEngine(failing(ZeroDivisionError(), after=1))) as client:
         await client.post("/v1/completions", json={"model": MODEL, "prompt": "a", "stream": True})
