@@ -22,7 +22,7 @@ from deployments.metrics import Metrics
 from deployments.ray_metrics import RayMetrics
 from deployments.resolve import Resolved
 from deployments.serving import Engine
-from deployments.settings import environment
+from deployments.settings import Settings, SettingsError, environment
 
 logger = logging.getLogger("ray.serve")  # what Serve shows and keeps per replica
 
@@ -48,7 +48,9 @@ class Ingress:
         from ray.util.placement_group import get_current_placement_group
 
         logger.info("configuration\n%s", self._resolved.table())
-        replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        check_grace(context._deployment_config.graceful_shutdown_timeout_s, self._resolved.settings)  # known here only
+        replica = context.replica_id.unique_id
         metrics = self._metrics = Metrics(self._resolved.model_names[0], replica)
         self._engine = await launch(self._resolved.engine, get_current_placement_group(), metrics)
         self._limit_engine()
@@ -62,6 +64,11 @@ class Ingress:
             return {}
         return autoscaling.stats(self._engine, self._metrics)
 
+    def drain(self) -> None:
+        """Take no more requests; those that run go on. Serve takes the replica away when they are done."""
+        if self._engine is not None:
+            self._engine.drain()
+
     def check_health(self) -> None:
         """Raises when only a new replica helps. Reads a flag: a busy engine is not an ill one."""
         if self._engine is not None and not self._engine.healthy:
@@ -70,3 +77,13 @@ class Ingress:
     def _limit_engine(self) -> None:
         assert self._engine is not None
         self._engine.limit(SchedulerConfig(**self._live.scheduler.model_dump()))
+
+
+def check_grace(graceful_shutdown_timeout_s: float, settings: Settings) -> None:
+    """A Serve config file may say how long a shutdown waits; build() sets it to what the longest answer takes."""
+    longest = settings.limits.request_timeout_s
+    if graceful_shutdown_timeout_s < longest:
+        raise SettingsError(
+            f"graceful_shutdown_timeout_s: {graceful_shutdown_timeout_s:g} s would cut answers, which may take "
+            f"limits.request_timeout_s, {longest:g} s; raise the one or lower the other."
+        )

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
+TELL_TIMEOUT_S = 5.0
 PIPE_ENDS = "\n"  # no line of the log is empty
 
 
@@ -108,9 +109,16 @@ def why_it_failed(application: str) -> str | None:
 
 
 def drain(application: str) -> None:
-    """Take the application away, which waits for its answers. They have a deadline each, so this ends."""
-    from ray import serve
+    """Take the application away, which waits for its answers. They have a deadline each, so this ends.
 
+    First every replica stops taking requests and says so at /ready: who comes now is told to come back, not cut off.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    with contextlib.suppress(RayServeException, RayError, TimeoutError):  # whoever cannot be told is drained by Serve
+        serve.get_app_handle(application).broadcast("drain").results(timeout_s=TELL_TIMEOUT_S)
     while True:
         try:
             serve.delete(application)

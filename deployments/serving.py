@@ -97,6 +97,9 @@ class Engine(Protocol):
     def limit(self, limits: SchedulerConfig) -> None:
         """Admit by these from now on; none is above what the engine was started with."""
 
+    def drain(self) -> None:
+        """Take no more requests; those that run go on."""
+
     async def stop(self) -> None: ...
 
 

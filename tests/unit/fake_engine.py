@@ -246,6 +246,9 @@ class FakeEngine:
         state = "ready" if self.ready else "dead"
         return (RankStatus(0, 4711, "node", "cpu", state, 0.5),)
 
+    def drain(self) -> None:
+        self.ready = False
+
     async def stop(self) -> None:
         self.stopped = True
 
