@@ -130,6 +130,11 @@ class Engine:
         return self._loop.failure is None and self._loop.alive
 
     @property
+    def recovering(self) -> bool:
+        """Are ranks being replaced? Whoever runs waits, and goes on afterwards."""
+        return self._loop.recovering
+
+    @property
     def ready(self) -> bool:
         """Should requests be sent here?"""
         return self.healthy and not self._draining and not self._loop.recovering

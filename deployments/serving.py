@@ -70,6 +70,10 @@ class Engine(Protocol):
         """False: nothing but a new replica helps."""
 
     @property
+    def recovering(self) -> bool:
+        """Whether ranks are being replaced; it can serve, but later."""
+
+    @property
     def ready(self) -> bool:
         """Whether a request that comes now would be answered."""
 

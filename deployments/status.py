@@ -37,7 +37,8 @@ class Status:
 
     async def health(self, request: Request) -> Response:
         healthy, live = self._engine.healthy, self._service.live
-        answer: dict[str, Any] = {"status": "healthy" if healthy else "unhealthy"}
+        status = "unhealthy" if not healthy else "recovering" if self._engine.recovering else "healthy"
+        answer: dict[str, Any] = {"status": status}
         if live.keys.accept(request.headers.get("authorization")):
             stats = self._engine.stats()
             answer |= {

@@ -201,6 +201,7 @@ class FakeEngine:
         self.refuse: Callable[[Grammar], None] = lambda grammar: None  # raises where a grammar cannot be
         self.limits: SchedulerConfig | None = None
         self.stopped = False
+        self.recovering = False
         self.unproved: list[str] = []
         self.moves_refused: EngineError | None = None
 

@@ -36,6 +36,13 @@ async def test_an_engine_that_cannot_go_on_is_unhealthy() -> None:
     assert (status, answer["status"]) == (503, "unhealthy")
 
 
+async def test_an_engine_that_replaces_a_rank_says_so_and_is_not_replaced_itself() -> None:
+    engine = FakeEngine()
+    engine.recovering = True
+    status, answer = await get(engine, "/health")
+    assert (status, answer["status"]) == (200, "recovering")
+
+
 async def test_ready() -> None:
     engine = FakeEngine()
     assert await get(engine, "/ready") == (200, {"status": "ready"})
