@@ -9,15 +9,19 @@ READY := $(VENV)/ready
 serve: $(READY)
 	$(BIN)/mixtral-serve serve serve_config.yaml
 
-# One pytest per folder: tests/dist forks, which no process with Ray or a used thread pool may do.
-FOLDERS := unit dist cluster e2e
-RUN_TESTS = set -e; for folder in $(FOLDERS); do echo "tests/$$folder"; $(BIN)/pytest -q tests/$$folder; done
+# Two at a time: half of what servers under test do is wait. One pytest per folder: tests/dist forks, which no process
+# with Ray or a used thread pool may do.
+FOLDERS := e2e unit dist cluster
+CHECKS := lint types $(FOLDERS:%=tests-%)
 
-test: lint types
-	@$(RUN_TESTS)
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(CHECKS)
 
-test-all: lint types
-	@export MIXTRAL_TEST_ALL=1; $(RUN_TESTS)
+test-all: export MIXTRAL_TEST_ALL := 1
+test-all: test
+
+tests-%: $(READY)
+	$(BIN)/pytest -q tests/$*
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -149,11 +149,12 @@ def _in_namespace(checkpoint: Path) -> Server:
 
 
 def _serve_run(file: Path, checkpoint: Path, ray_directory: str) -> Server:
-    """The shipped file with another port and model, and a limit from where it can be changed in place."""
+    """The shipped file with another port and model, and limits from where they can be changed in place."""
     config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
     config["applications"][0]["route_prefix"] = "/prefix"
-    config["applications"][0]["deployments"] = [{"name": "ingress", "user_config": {"limits": {"max_n": 2}}}]
+    limits = {"limits": {"max_n": 2}, "scheduler": {"max_running": 3}}
+    config["applications"][0]["deployments"] = [{"name": "ingress", "user_config": limits}]
     file.write_text(yaml.safe_dump(config))
     environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": ray_directory, "MIXTRAL_MODEL": str(checkpoint)}
     return Server([str(Path(sys.executable).with_name("serve")), "run", str(file)], port, environment)

@@ -157,6 +157,12 @@ def test_serve_run_serves_the_same_application(serve_run: Server) -> None:
         assert answer.choices[0].finish_reason in ("stop", "length")
         with pytest.raises(openai.BadRequestError, match="at most 2 here"):
             client.completions.create(model="tiny", prompt="a", n=3)
+        shown = httpx.get(f"{serve_run.url}/prefix/health", timeout=10).json()["config"]
+        assert (shown["scheduler"]["max_running"], shown["scheduler"]["max_waiting"]) == (3, 1024)
+        stream = iter(client.completions.create(**LONG | {"prompt": ["a"] * 4, "max_tokens": 40}))
+        seen = [next(stream).choices[0].index for _ in range(20)]
+        assert len(set(seen)) <= 3, "more ran at once than were allowed"
+        assert {chunk.choices[0].index for chunk in stream} >= {3}
     serve_run.interrupt()
     serve_run.wait()
     eventually(lambda: not serve_run.processes(), "every process ended")
