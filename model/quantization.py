@@ -22,6 +22,7 @@ O, I: features out and in.  P: bytes of a row.  G: groups of a row.  B: rows at 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -191,13 +192,15 @@ def unpacked(mode: Mode, packed_OP: Tensor) -> Tensor:
             return packed_OP.float()
         case "fp8":
             return fp8_values(packed_OP)
-        case "int4":
-            levels = torch.arange(-8.0, 8.0)
-        case "nf4":
-            levels = torch.tensor(NF4_LEVELS)
-    # Two weights at a time: a table of every byte's.
-    pairs = torch.stack((levels.repeat(16), levels.repeat_interleave(16)), dim=1).to(packed_OP.device)
-    return functional.embedding(packed_OP.int(), pairs).flatten(-2)
+        case "int4" | "nf4":
+            return functional.embedding(packed_OP.int(), levels_of_bytes(mode, packed_OP.device)).flatten(-2)
+
+
+@cache
+def levels_of_bytes(mode: Mode, device: torch.device) -> Tensor:
+    """Of each byte, what its two codes stand for: (256, 2). Kept, for it is asked for with every piece of a matrix."""
+    levels = torch.arange(-8.0, 8.0) if mode == "int4" else torch.tensor(NF4_LEVELS)
+    return torch.stack((levels.repeat(16), levels.repeat_interleave(16)), dim=1).to(device)
 
 
 def fp8_values(packed: Tensor) -> Tensor:

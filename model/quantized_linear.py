@@ -38,8 +38,7 @@ INT8_KERNEL_ROWS = 64
 INT8_KERNEL_ALIGNMENT = 32
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)
 INT4_PACK_ROWS = 512
-# Rows that our own kernel takes: those of decode steps, which a graph may record. Dequantising, which pays for the
-# many rows of prompts, copies tables to the device and cannot be recorded.
+# Rows that our own kernel takes: those of decode steps. Dequantising pays for the many rows of prompts.
 KERNEL_ROWS = 256
 
 
