@@ -15,8 +15,7 @@ SHAPES = [(1, 64), (3, 40), (5, 1), (2, 130), (4, 2049)]
 
 
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-@pytest.mark.parametrize("parts", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("parts", "dtype"), [(1, torch.float32), (2, torch.float16), (3, torch.float32)])
 def test_a_sum_and_its_norm(rows: int, width: int, parts: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(rows * width)
     x_SD = torch.randn(rows, width, generator=generator).to(dtype)

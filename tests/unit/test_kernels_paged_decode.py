@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -22,17 +23,17 @@ def reference(query_HC: Tensor, key_MGC: Tensor, value_MGC: Tensor) -> Tensor:
     return (scores_HM.softmax(-1)[..., None] * value_HMC).sum(1)
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_it_is_attention(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(60 if os.environ.get("MIXTRAL_TEST_ALL") else 8))
+def test_it_is_attention(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks, so that short texts have many splits and splits many blocks."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dtype = rng.choice([torch.float32, torch.float32, torch.float16])
     monkeypatch.setattr(kernel, "KEYS", 16)
     monkeypatch.setattr(kernel, "SMALLEST_SPLIT", rng.choice([1, 16, 40]))
     G, C, page_size = rng.randint(1, 3), rng.choice([6, 16, 20]), rng.choice([1, 4, 6, 16])
     H, splits = G * rng.choice([1, 3, 4, 17]), rng.choice([1, 2, 8])
     window = rng.choice([None, None, 1, 5, 33])
-    contexts = [rng.choice([1, 2, rng.randint(1, 90)]) for _ in range(rng.randint(1, 3))]
+    contexts = [rng.choice([1, 2, rng.randint(1, 60)]) for _ in range(rng.randint(1, 3))]
     counts = [-(-context // page_size) for context in contexts]
     free = list(range(sum(counts) + 2))
     rng.shuffle(free)

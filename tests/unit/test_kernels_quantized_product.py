@@ -16,8 +16,10 @@ from model.kernels.weight_tiles import WeightStack, tiling_for
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))
-@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 192, 70), (17, 64, 33), (70, 128, 16), (0, 64, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "out", "dtype"),
+    [(1, 192, 70, torch.float32), (17, 64, 33, torch.float16), (70, 64, 16, torch.float32), (0, 64, 8, torch.float32)],
+)
 def test_it_is_the_product(mode: Mode, rows: int, columns: int, out: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = quantize(torch.randn(out, columns, generator=generator) / columns**0.5, mode)

@@ -14,11 +14,11 @@ pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 from model.kernels.rope_write import rope_write
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_heads_are_turned_and_written(seed: int, dtype: torch.dtype) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    T, G, C, slots = rng.randint(1, 5), rng.randint(1, 4), 2 * rng.randint(1, 40), 12
+    T, G, C, slots = rng.randint(1, 3), rng.randint(1, 4), 2 * rng.randint(1, 40), 12
     H = G * rng.randint(1, 5)
     heads_THC = torch.randn(T, H + 2 * G, C, generator=generator).to(dtype)
     angle_T1P = torch.randn(T, 1, C // 2, generator=generator) * 9
