@@ -133,7 +133,9 @@ def change(directory: Path, name: str, tensor: Tensor | None) -> None:
         (f"{QUERY}.absmax", torch.zeros(512), r"absmax is F32; served are U8"),
         (QUERY, torch.zeros(256, 64, dtype=torch.uint8), r"q_proj\.weight has shape \(256, 64\)"),
         (f"{QUERY}.quant_map", torch.zeros(16), r"quant_map holds other levels than nf4's"),
-        (f"{QUERY}.quant_state.bitsandbytes__nf4", torch.zeros(9999, dtype=torch.uint8), "more than 4096 numbers"),
+        (f"{QUERY}.quant_state.bitsandbytes__nf4", torch.zeros(9999, dtype=torch.uint8), "not 1 to 4096 numbers"),
+        (f"{QUERY}.quant_state.bitsandbytes__nf4", torch.zeros(0, dtype=torch.uint8), "not 1 to 4096 numbers"),
+        (f"{QUERY}.quant_state.bitsandbytes__nf4", torch.tensor(9, dtype=torch.uint8), "not 1 to 4096 numbers"),
         (f"{QUERY}.quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "is not a JSON object"),
     ],
 )
