@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport
 
 
 def test_one_abort_ends_what_waits_in_either_group() -> None:
-    aborted = threading.Event()
+    all_met, aborted = threading.Barrier(4), threading.Event()
 
     def rank_main(groups: Groups) -> str:
         world, tensor = groups.world, groups.tensor
         assert isinstance(world, SharedMemoryComm)
         assert isinstance(tensor, SharedMemoryComm)
         membership = Membership(groups, (world, tensor))
-        world.all_reduce(torch.zeros(1, 1))  # all are here
+        all_met.wait(timeout=10)  # a rank that is still on its way in would hear of the abort there
         if world.rank == 0:
             membership.abort()
             aborted.set()
