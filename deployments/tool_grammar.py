@@ -3,7 +3,8 @@
     [TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]
 
 Where a call is required, the prompt ends with the marker and the grammar is the list. Where it is left to the model and
-a function is strict, the grammar is any text, or the marker as the one token it is and then the list.
+a function is strict, the grammar is any text without a marker, or the marker and then the list. The marker is one token
+where the model has it, and spelt where it has not.
 
 A strict function's schema is followed to the letter, or the request refused by name. Of the others' schemas, what no
 constrained decoding knows is left out, step by step: clients send sets, paths and look-aheads every day, and check
@@ -13,6 +14,7 @@ what they get themselves.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from deployments.chat_protocol import ChatRequest
 from deployments.errors import ApiError, from_engine, invalid
 from deployments.serving import Service
 from deployments.structure import canonical
-from deployments.tools import Tool
+from deployments.tools import MARKER, Tool
 from model.schema_check import enforceable
 
 # What is asked of the arguments of functions that are not strict: the first of these that can be.
@@ -53,11 +55,6 @@ def _answer_grammar(body: ChatRequest, tools: Sequence[Tool], marker_id: int | N
     at_most_one = not body.parallel_tool_calls
     if body.must_call:
         return calls_grammar(tools, at_most_one=at_most_one)
-    if marker_id is None:
-        name = "tools[0].function.strict" if body.grammar is None else "response_format"
-        raise invalid(
-            f"{name}: this model has no token for tool calls, so this needs tool_choice required or none.", name
-        )
     return text_or_calls_grammar(tools, marker_id, body.grammar, at_most_one=at_most_one)
 
 
@@ -98,16 +95,19 @@ def calls_grammar(tools: Sequence[Tool], *, at_most_one: bool) -> Grammar:
     return Grammar("json_schema", canonical(_calls_schema(tools, at_most_one=at_most_one)))
 
 
-def text_or_calls_grammar(tools: Sequence[Tool], marker_id: int, text: Grammar | None, *, at_most_one: bool) -> Grammar:
-    """A text, of any form or of the given one, or the marker and then calls."""
+def text_or_calls_grammar(
+    tools: Sequence[Tool], marker_id: int | None, text: Grammar | None, *, at_most_one: bool
+) -> Grammar:
+    """A text, of any form or of the given one, or the marker and then calls. marker_id: of the marker's own token."""
+    marker = canonical(MARKER) if marker_id is None else f"<[{marker_id}]>"
     calls = canonical(_calls_schema(tools, at_most_one=at_most_one))
-    return Grammar("lark", f"start: text | calls\n{_text_rule(text)}\ncalls: <[{marker_id}]> / ?/ %json {calls}\n")
+    return Grammar("lark", f"start: text | calls\n{_text_rule(text)}\ncalls: {marker} / ?/ %json {calls}\n")
 
 
 def _text_rule(text: Grammar | None) -> str:
     match text:
         case None:
-            return "text: /(.|\\n)*/"
+            return f"text: TEXT\nTEXT: /(.|\\n)*/ & ~/(.|\\n)*{re.escape(MARKER)}(.|\\n)*/"
         case Grammar(kind="json_schema", text=schema):
             return f"text: %json {schema}"
         case Grammar(kind="json_object"):

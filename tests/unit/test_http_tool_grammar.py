@@ -74,22 +74,36 @@ def test_references_within_parameters() -> None:
     assert not accepts(grammar, '[{"name": "draw", "arguments": {"to": {"x": 1}, "again": {}}}]')
 
 
+@pytest.mark.parametrize("marker_id", [3, None], ids=["token", "spelt"])
 @pytest.mark.parametrize(
     ("form", "right", "wrong"),
     [
-        (None, "anything [TOOL_CALLS]\nat all", None),
+        (None, "anything [TOOL_CALLS\nat all]", "see [TOOL_CALLS] there"),
         (Grammar("json_object", ""), '{"a": 1}', "text"),
         (Grammar("json_schema", '{"type":"integer"}'), "12", '"12"'),
         (Grammar("choice", '["yes","\\"no\\""]'), '"no"', "maybe"),
     ],
 )
-def test_a_text_or_a_call(form: Grammar | None, right: str, wrong: str | None) -> None:
-    grammar = text_or_calls_grammar(TOOLS, 3, form, at_most_one=False)
+def test_a_text_or_a_call(form: Grammar | None, right: str, wrong: str, marker_id: int | None) -> None:
+    grammar = text_or_calls_grammar(TOOLS, marker_id, form, at_most_one=False)
+    marker, spelt = marker_id is not None, MARKER if marker_id is None else ""
     assert accepts(grammar, right)
-    assert wrong is None or not accepts(grammar, wrong)
-    assert accepts(grammar, ' [{"name": "clock", "arguments": {}}]', marker=True)
-    assert not accepts(grammar, ' [{"name": "other", "arguments": {}}]', marker=True)
-    assert not accepts(grammar, " text", marker=True)
+    assert not accepts(grammar, wrong)
+    assert accepts(grammar, spelt + ' [{"name": "clock", "arguments": {}}]', marker)
+    assert not accepts(grammar, spelt + ' [{"name": "other", "arguments": {}}]', marker)
+    assert not accepts(grammar, spelt + " text", marker)
+
+
+@pytest.mark.parametrize("fields", [{"response_format": {"type": "json_object"}}, {}])
+async def test_a_strict_function_that_need_not_be_called(fields: dict[str, Any]) -> None:
+    """As clients send them that make every function strict. The fake has no token for the marker."""
+    tool = with_schema({"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}, strict=True)
+    engine, _ = await ask([tool], tool_choice="auto", **fields)
+    grammar = engine.requests[0].sampling.grammar
+    assert grammar is not None
+    assert accepts(grammar, MARKER + call({"a": 1}))
+    assert not accepts(grammar, MARKER + call({"a": 2}))
+    assert accepts(grammar, "some text") is not bool(fields)
 
 
 class Cat(pydantic.BaseModel):

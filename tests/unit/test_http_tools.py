@@ -215,15 +215,6 @@ async def test_one_call_at_a_time() -> None:
     assert json.loads(engine.requests[0].sampling.grammar.text)["maxItems"] == 1  # type: ignore[union-attr]
 
 
-async def test_strict_and_formats_need_a_token_for_the_marker() -> None:
-    """Only a token tells a call from a text that mentions one. The fake's tokens are characters."""
-    strict = {"type": "function", "function": CLOCK["function"] | {"strict": True}}
-    answer = await ask(FakeEngine(max_model_len=1000), tools=[strict])
-    assert "no token for tool calls" in answer["error"]["message"]
-    answer = await ask(FakeEngine(max_model_len=1000), response_format={"type": "json_object"})
-    assert answer["error"]["param"] == "response_format"
-
-
 async def test_a_template_without_tools_says_so() -> None:
     engine = FakeEngine(max_model_len=1000, knows_tools=False)
     answer = await ask(engine)
