@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -127,6 +128,38 @@ def test_every_layout_gives_what_the_definition_says(mode: Exchange, case: Case,
         for e, n in zip(placement.expert_of[1], rows, strict=True):
             counted[e] += n
         assert +counted == pairs
+
+
+@pytest.mark.parametrize("mode", ["all_to_all", "all_reduce"])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_placement(mode: Exchange, seed: int) -> None:
+    """Replicas wherever load has put them, also two on one rank."""
+    rng = random.Random(seed)
+    tensor, data = rng.choice([(1, 2), (2, 1), (2, 2), (4, 1), (1, 4), (3, 1)])
+    ranks = tensor * data
+    slices = rng.choice([n for n in (1, 2, 4) if ranks % n == 0])
+    experts = rng.randint(1, 6)
+    slots = -(-experts // (ranks // slices)) + rng.randint(0, 2)
+    layers = []
+    for _ in range(2):
+        layer = [*range(experts), *rng.choices(range(experts), k=ranks // slices * slots - experts)]
+        rng.shuffle(layer)
+        layers.append(tuple(layer))
+    placement = Placement(ranks, slots, tuple(layers), slices)
+    group_tokens = [rng.choice([0, 1, 5, 12]) for _ in range(data)]
+    chosen = rng.randint(1, experts)
+    inputs = [routed(T, experts, chosen, seed) for T in group_tokens]
+
+    def rank_main(groups: Groups) -> Tensor:
+        rank = groups.world.rank
+        exchange = exchange_for(mode, groups, SlotTables(placement, CPU), group_tokens)
+        x_SD, expert_SK, weight_SK = (exchange.share(x) for x in inputs[rank // tensor])
+        sent = exchange.dispatch(1, x_SD, expert_SK, weight_SK)
+        y_ND = compute(sent.x_ND, sent.rows, placement.slots_of(rank)[1], rank % slices, slices)
+        return exchange.gather(exchange.combine(sent, y_ND))
+
+    for rank, got in enumerate(on_groups(tensor, data, rank_main)):
+        torch.testing.assert_close(got, definition(*inputs[rank // tensor]))
 
 
 def test_a_single_row_of_an_odd_width_travels_in_groups() -> None:
