@@ -88,8 +88,9 @@ def walk(value: Any) -> Iterator[tuple[str, Any]]:
 def test_kubernetes_and_kuberay_accept_them(tmp_path: Path) -> None:
     if not VALIDATOR.exists():
         pytest.skip("there is no validate_manifests.py beside the repository")
-    for overlay in OVERLAYS:
-        (tmp_path / f"{overlay}.yaml").write_text(rendered(overlay))
+    # Most are the same in every overlay, and each takes its time.
+    different = {document for overlay in OVERLAYS for document in rendered(overlay).split("\n---\n")}
+    (tmp_path / "all.yaml").write_text("\n---\n".join(sorted(different)))
     command = [sys.executable, str(VALIDATOR), "--operator-rules", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
