@@ -8,8 +8,10 @@ without a trace of the first. Prefixes keep apart the groups, and their successi
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from time import monotonic
 from typing import Literal, Protocol
 
 import torch
@@ -17,10 +19,12 @@ import torch.distributed as dist
 
 from cluster.transport.gloo import GlooComm
 from cluster.transport.nccl import NcclComm
-from cluster.transport.shared_memory import Layout, SharedMemoryComm, create_file
+from cluster.transport.shared_memory import Layout, PeerLost, SharedMemoryComm, create_file
 from model.comm import Comm, Groups, SoloComm
 
 Transport = Literal["shared_memory", "gloo", "nccl"]
+
+LOOK_AGAIN_S = 0.005  # whether the first rank of a group has come
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +83,42 @@ def open_store(rendezvous: Rendezvous) -> Store:
     return store
 
 
-def join(rendezvous: Rendezvous, rank: int, own_address: str, store: Store | None = None) -> Membership:
+def join(
+    rendezvous: Rendezvous,
+    rank: int,
+    own_address: str,
+    store: Store | None = None,
+    leave: threading.Event | None = None,
+) -> Membership:
     """This rank's end of its groups; returns when all ranks have joined. Rank 0 brings the store it opened.
 
-    NCCL binds to the current CUDA device.
+    Whoever waits in vain, over shared memory, is called back by `leave`. NCCL binds to the current CUDA device.
     """
+    leave = threading.Event() if leave is None else leave
     if store is None:
         timeout = timedelta(seconds=rendezvous.timeout_s)
         store = dist.TCPStore(
             rendezvous.host, rendezvous.port, is_master=False, timeout=timeout, wait_for_workers=False
         )
     group, place = divmod(rank, rendezvous.tensor)
-    world = _connect(rendezvous, "world", rank, rendezvous.size, own_address, store)
+    world = _connect(rendezvous, "world", rank, rendezvous.size, own_address, store, leave)
     if rendezvous.tensor == rendezvous.size:
         return Membership(Groups(world, world), (world,))
     if rendezvous.tensor == 1:
         return Membership(Groups(world, SoloComm()), (world,))
-    tensor = _connect(rendezvous, f"tensor-{group}", place, rendezvous.tensor, own_address, store)
+    tensor = _connect(rendezvous, f"tensor-{group}", place, rendezvous.tensor, own_address, store, leave)
     return Membership(Groups(world, tensor), (world, tensor))
 
 
-def _connect(rendezvous: Rendezvous, name: str, rank: int, size: int, own_address: str, store: Store) -> Transported:
+def _connect(
+    rendezvous: Rendezvous,
+    name: str,
+    rank: int,
+    size: int,
+    own_address: str,
+    store: Store,
+    leave: threading.Event,
+) -> Transported:
     """One group's end, for the rank that is number `rank` in it."""
     prefixed = dist.PrefixStore(f"epoch-{rendezvous.epoch}/{name}", store)
     match rendezvous.transport:
@@ -107,7 +126,11 @@ def _connect(rendezvous: Rendezvous, name: str, rank: int, size: int, own_addres
             layout = Layout(size)
             if rank == 0:
                 prefixed.set("path", create_file(layout))
-            return SharedMemoryComm(prefixed.get("path").decode(), rank, layout, rendezvous.timeout_s)
+            deadline = monotonic() + rendezvous.timeout_s
+            while not prefixed.check(["path"]):
+                if leave.wait(LOOK_AGAIN_S) or monotonic() > deadline:
+                    raise PeerLost("the group was aborted, or its first rank did not come")
+            return SharedMemoryComm(prefixed.get("path").decode(), rank, layout, rendezvous.timeout_s, leave)
         case "gloo":
             options = dist.ProcessGroupGloo._Options()
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]

@@ -34,6 +34,7 @@ class RankActor:
         self._aborted = False
         self._store: Store | None = None
         self._membership: Membership | None = None
+        self._leave = threading.Event()  # while the groups of an epoch form
         self._read = (0, 1)
 
     def load(self, rank: int, placement: Placement) -> WorkerFacts:
@@ -52,8 +53,9 @@ class RankActor:
         """Take a place in the group; None: there is nobody else."""
         with self._busy:
             self._membership = None
+            self._leave = threading.Event()
             if rendezvous is not None:
-                self._membership = join(rendezvous, self._rank, own_address, self._store)
+                self._membership = join(rendezvous, self._rank, own_address, self._store, self._leave)
             self._worker.join(alone() if self._membership is None else self._membership.groups, num_pages)
             self._aborted = False
 
@@ -74,6 +76,7 @@ class RankActor:
     def abort(self) -> None:
         """Call the worker out of its collectives, which nothing else can; returns when it has come."""
         self._aborted = True
+        self._leave.set()
         if self._membership is not None:
             self._membership.abort()
         with self._busy:

@@ -23,6 +23,7 @@ import os
 import platform
 import secrets
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -95,9 +96,15 @@ def create_file(layout: Layout) -> str:
 
 
 class SharedMemoryComm:
-    """One rank's end. Constructing it waits for the others; rank 0 then takes the file's name away."""
+    """One rank's end. Constructing it waits for the others; rank 0 then takes the file's name away.
 
-    def __init__(self, path: str, rank: int, layout: Layout, timeout_s: float) -> None:
+    `leave` ends a wait as abort() does, also before there is anything to abort.
+    """
+
+    def __init__(
+        self, path: str, rank: int, layout: Layout, timeout_s: float, leave: threading.Event | None = None
+    ) -> None:
+        self._leave = threading.Event() if leave is None else leave
         self.rank = rank
         self.size = layout.size
         self._timeout_s = timeout_s
@@ -222,7 +229,7 @@ class SharedMemoryComm:
         while words[PROGRESS] < self._collective:
             sleep(NAP_S)
             now = monotonic()
-            if own[ABORTED]:
+            if own[ABORTED] or self._leave.is_set():
                 raise PeerLost("the group was aborted")
             if now - looked > LOOK_AROUND_S:
                 looked = now
