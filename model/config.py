@@ -118,7 +118,8 @@ class MixtralConfig:
         fields.only("model_type", "mixtral")
         fields.only("is_encoder_decoder", False)
         fields.only("per_layer_config", {})
-        return replace(cls._read(fields), quantization=read_quantization(fields))
+        quantization = read_quantization(fields)
+        return replace(cls._read(fields), quantization=quantization)
 
     @classmethod
     def from_params(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:

@@ -21,7 +21,9 @@ DYNAMIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token
 
 
 def read(quantization: dict[str, Any]) -> QuantizedFormat | None:
-    return MixtralConfig.from_dict(CONFIG | {"quantization_config": quantization}, "config.json").quantization
+    config = MixtralConfig.from_dict(CONFIG | {"quantization_config": quantization}, "config.json")
+    assert config.unknown == ()
+    return config.quantization
 
 
 @pytest.mark.parametrize(
