@@ -143,6 +143,11 @@ def test_what_is_referred_to_is_there(overlay: str) -> None:
 
 
 @every_overlay
+def test_operators_are_told_of_it(overlay: str) -> None:
+    assert f"| `{overlay}` |" in (ROOT / "docs/operations.md").read_text()
+
+
+@every_overlay
 def test_every_selector_selects_something(overlay: str) -> None:
     labels = [pod["metadata"]["labels"] for pod in pods(overlay)]
 

@@ -105,10 +105,9 @@ def test_it_is_what_the_cluster_gets(overlay: str) -> None:
 # Ray Serve's own, at its first import.
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
 def test_there_are_nodes_for_every_replica(overlay: str, tmp_path: Path) -> None:
-    from deployments.app import bind, bundles
+    from deployments.app import bundles
 
-    result = resolved(overlay, tmp_path)
-    wanted = bundles(result.engine)
+    wanted = bundles(resolved(overlay, tmp_path).engine)
     group, (least, most) = ranks(overlay), replicas(overlay)
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus, cpus = int(limits.get("nvidia.com/gpu", 0)), int(limits["cpu"])
@@ -120,8 +119,7 @@ def test_there_are_nodes_for_every_replica(overlay: str, tmp_path: Path) -> None
     assert group["maxReplicas"] >= most * pods_each
     assert sum(bundle["CPU"] for bundle in wanted) <= cpus * pods_each
     assert all(bundle["CPU"] <= cpus and bundle.get("GPU", 0) <= gpus for bundle in wanted)
-    said = deployment(overlay).get("max_ongoing_requests")
-    assert said in (None, bind(result)._bound_deployment.max_ongoing_requests)
+    assert "max_ongoing_requests" not in deployment(overlay), "the application knows better"
 
 
 def test_nothing_ends_a_stream_before_its_deadline(overlay: str) -> None:
