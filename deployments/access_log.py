@@ -97,6 +97,10 @@ class AccessLog:
 
         try:
             await self.app(scope, receive, watched)
+        except Exception:
+            status = status or 500  # what the server's last resort is about to say
+            record.error = record.error or "internal_error"
+            raise
         finally:
             logger.info(_line(scope, record, status, complete))
             pattern = getattr(scope.get("route"), "path", "none")  # what the caller wrote may be anything

@@ -226,6 +226,15 @@ async def test_an_error_in_a_stream_is_counted() -> None:
     assert values["mixtral_http_errors_total{code=internal_error}"] == 1
 
 
+async def test_our_own_mistakes_are_counted_as_such() -> None:
+    async with http(FakeEngine(failing(ZeroDivisionError()))) as client:
+        answer = await client.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
+        values = read((await client.get("/metrics")).text)
+    assert answer.status_code == 500
+    assert values["mixtral_http_requests_total{route=/v1/completions,status=500}"] == 1
+    assert values["mixtral_http_errors_total{code=internal_error}"] == 1
+
+
 @pytest.mark.parametrize(("open_metrics", "status"), [(False, 401), (True, 200)])
 async def test_whether_a_key_is_needed_is_a_setting(open_metrics: bool, status: int) -> None:
     auth = {"auth": {"api_keys_env": "KEYS", "open_metrics": open_metrics}}
