@@ -118,13 +118,13 @@ def _attend_split(
         offset = (slot * G + kv_head)[:, None] * C + column
         key = tl.load(key_ptr + offset, mask=seen[:, None] & in_head, other=0.0)
         value = tl.load(value_ptr + offset, mask=seen[:, None] & in_head, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * 1.4426950408889634)
+        scores = tl.dot(query, tl.trans(key), input_precision="tf32x3") * (scale * 1.4426950408889634)
         scores = tl.where(seen[None, :], scores, -float("inf"))
         now_highest = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - now_highest[:, None])
         fade = tl.exp2(highest - now_highest)
         total = total * fade + tl.sum(weights, axis=1)
-        out = tl.dot(weights.to(value.dtype), value, out * fade[:, None], input_precision="ieee")
+        out = tl.dot(weights.to(value.dtype), value, out * fade[:, None], input_precision="tf32x3")
         highest = now_highest
 
     tl.store(log_sum_ptr + head * SPLITS + split, highest + tl.log2(tl.maximum(total, 1e-30)), mask=is_query)
