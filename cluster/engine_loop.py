@@ -22,7 +22,7 @@ from time import monotonic
 from cluster.commands import Abort, Add, Command, Died, Limit, Move
 from cluster.config import ParallelConfig
 from cluster.crash_bundle import CrashBundles
-from cluster.errors import StepFailed
+from cluster.errors import CanaryFailed, StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.expert_load import ExpertLoad
 from cluster.messages import EngineStats, StepPlan, StepResult, TokenEvent
@@ -133,13 +133,19 @@ class EngineLoop:
             reason = self.failure = str(error)
         self._proved.set()  # it will never be; nobody need wait
         self._send(self._scheduler.fail_all(reason))
-        while self.failure is not None and (command := self._inbox.get()) is not None:
-            match command:
+        self._refuse_the_rest(reason)
+
+    def _refuse_the_rest(self, reason: str) -> None:
+        """Whoever still asks gets an answer: until the end if the loop has failed, else whoever has asked already."""
+        while self.failure is not None or not self._inbox.empty():
+            match self._inbox.get():
                 case Add(key, request, arrived_s):
                     self._scheduler.add(key, request, arrived_s)
-                    self._send(self._scheduler.fail_all(self.failure))
-                case Move():
-                    command.moved.set_result(False)
+                    self._send(self._scheduler.fail_all(reason))
+                case Move(moved=moved):
+                    moved.set_result(False)
+                case None:
+                    return
 
     def _work(self) -> StepFailed | None:
         """The loop. None: it was told to end. Else: why the ranks have to be formed anew."""
@@ -201,17 +207,21 @@ class EngineLoop:
         if slot_rows:
             self._load.add(slot_rows, done)
         if step.plan.canary:
-            self._proofs.canary(step.plan.exchange, done)
-            self._recovery.proved()
-            self._observer.canary(True)
-            if not self._proofs.doubts(done):
-                self._proved.set()
+            self._canary_done(step.plan, done)
             return
         self._proofs.step(step.plan.exchange, slot_rows, done)
         self._recovery.completed(events)
         taken = monotonic()
         self._send(events)
         self._report(step, result, slot_rows, done, taken, monotonic())
+
+    def _canary_done(self, plan: StepPlan, now: float) -> None:
+        if plan.placement == self._load.placement.number:  # else experts have moved since
+            self._proofs.canary(plan.exchange, now)
+        self._recovery.proved()
+        self._observer.canary(True)
+        if not self._proofs.doubts(now):
+            self._proved.set()
 
     def _report(
         self, step: _UnderWay, result: StepResult, slot_rows: SlotRows, done: float, taken: float, published: float
@@ -235,14 +245,13 @@ class EngineLoop:
         )
 
     def _recover(self, failure: StepFailed) -> None:
-        first = self._under_way[0].plan if self._under_way else None
-        wrong = first is not None and first.canary and failure.cause == "step_failed"
-        if wrong:  # a rank computes something else than it did: none keeps its weights
+        wrong = isinstance(failure, CanaryFailed)
+        if wrong:
             self._observer.canary(False)
         self._send(self._recovery.blame(failure, self._scheduler.keys_under_way(), self._plans))
         self._under_way.clear()
-        self._recovery.run(anew=wrong)
         self._proofs.forget()
+        self._recovery.run(anew=wrong)  # a rank computes something else than it did: none keeps its weights
 
     def _salvage(self) -> None:
         """Take in the steps that all ranks had finished: nobody is to be suspected for those."""
@@ -292,7 +301,7 @@ class EngineLoop:
         if current:
             self._group.adopt(command.placement)
             self._load.move(command.placement)
-            self._proofs.forget()
+            self._proofs.renew(monotonic())
             self._observer.rebalanced(command.moves)
         command.moved.set_result(current)
 

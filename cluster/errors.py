@@ -7,6 +7,7 @@ EngineError (RuntimeError)
 │   └── EngineDraining      shutting down: no new work                             503
 ├── RequestInvalid          the request can never run here                         400
 └── StepFailed              the ranks could not run a step; names rank and cause   500
+    └── CanaryFailed        they could, and an expert or a collective was wrong
 """
 
 from __future__ import annotations
@@ -46,4 +47,8 @@ class StepFailed(EngineError):
         self.cause = cause
 
     def __reduce__(self) -> tuple[type[StepFailed], tuple[str, FailureCause]]:
-        return StepFailed, (str(self), self.cause)  # it comes from ranks, pickled
+        return type(self), (str(self), self.cause)  # it comes from ranks, pickled
+
+
+class CanaryFailed(StepFailed):
+    pass

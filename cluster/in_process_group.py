@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from cluster.config import EngineConfig
 from cluster.crash_bundle import RankReport
+from cluster.errors import StepFailed
 from cluster.memory import page_budget
 from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
 from cluster.placement import Placement
@@ -67,6 +68,11 @@ class InProcessGroup:
         self._status = replace(self._status, state="dead")
 
     def _step(self, plan: StepPlan) -> StepResult:
-        result = self._worker.step(plan)
+        try:
+            result = self._worker.step(plan)
+        except StepFailed:
+            raise
+        except Exception as error:  # as from another process: the engine goes on, whoever is to blame does not
+            raise StepFailed(f"rank 0 failed in a step: {type(error).__name__}: {error}") from error
         self._clock.tick()
         return result

@@ -41,8 +41,14 @@ class Proofs:
             proved[:] = [now] * len(proved)
         self._oldest_slot = now
 
+    def renew(self, now: float) -> None:
+        """Experts sit elsewhere: a canary is due at once, and until it has had time nothing is doubted."""
+        due = now - PROVED_FOR_S
+        self._slots = [[min(at, due) for at in proved] for proved in self._slots]
+        self._oldest_slot = min(map(min, self._slots))
+
     def forget(self) -> None:
-        """The ranks were formed anew, or hold other experts: nothing is proved."""
+        """The ranks were formed anew: nothing is proved."""
         self._exchanges = dict.fromkeys(self._exchanges, -inf)
         self._slots = [[-inf] * len(proved) for proved in self._slots]
         self._oldest_slot = -inf

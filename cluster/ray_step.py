@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.errors import StepFailed
+from cluster.errors import CanaryFailed, StepFailed
 from cluster.messages import StepResult
 from cluster.placement import Placement
 from cluster.ray_rank import Rank, ended, failed
@@ -49,6 +49,8 @@ class RayStep:
         if lost is not None:
             return StepFailed(f"{lost} died during a step; it held {self._experts(lost)}", "died")
         rank, cause = min(raised, key=lambda failure: isinstance(failure[1], ConnectionError))
+        if isinstance(cause, CanaryFailed):
+            return cause
         text = str(cause) if isinstance(cause, StepFailed) else f"{type(cause).__name__}: {cause}"
         return StepFailed(f"{rank}, which holds {self._experts(rank)}, failed in a step: {text}")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from cluster.all_to_all import SlotTables, exchange_for
 from cluster.canary import Canary, tokens_of_groups
 from cluster.config import EngineConfig
-from cluster.errors import EngineError, StepFailed
+from cluster.errors import CanaryFailed, EngineError, StepFailed
 from cluster.footprint import footprint, matrix_bytes
 from cluster.held_experts import HeldExperts, Place, fetch, hold
 from cluster.host_memory import available_bytes
@@ -226,7 +226,7 @@ class Worker:
         exchange = exchange_for(plan.exchange, self._groups, self._canary.tables, group_tokens)
         fault = self._canary.fault(self._model, exchange)
         if fault is not None:
-            raise StepFailed(f"a canary found on rank {self.rank}: {fault}")
+            raise CanaryFailed(f"a canary found on rank {self.rank}: {fault}")
         slot_rows = self._load.take() if plan.report_load else ()
         return StepResult(plan.step, (), (), StepTimes(**self._stages.take()), slot_rows=slot_rows)
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cluster.crash_bundle import RankReport
-from cluster.errors import StepFailed
+from cluster.errors import CanaryFailed, StepFailed
 from cluster.messages import (
     LAST_SAMPLED,
     Grammar,
@@ -142,7 +142,7 @@ class FakeGroup:
     def _prove(self, plan: StepPlan) -> StepResult:
         self.canaries.append(plan)
         if len(self.canaries) in self.wrong_canaries:
-            raise StepFailed("a canary found on rank 0: layer 1, experts 2 3")
+            raise CanaryFailed("a canary found on rank 0: layer 1, experts 2 3")
         self._in_order(plan)
         return StepResult(plan.step, (), (), StepTimes())
 

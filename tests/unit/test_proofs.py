@@ -71,6 +71,14 @@ def test_a_step_that_tells_no_rows_proves_its_collectives_alone() -> None:
     assert proofs.due(PROVED_FOR_S) is None
 
 
+def test_when_experts_have_moved_a_canary_is_due_and_nothing_is_doubted_yet() -> None:
+    proofs = proved()
+    proofs.renew(10.0)
+    assert proofs.due(10.0) == "none"
+    assert proofs.doubts(10.0) == []
+    assert proofs.doubts(10.0 + PROVED_FOR_S + 1) == ["layer 0, expert slots 0 1 2 3", "layer 1, expert slots 0 1 2 3"]
+
+
 def test_after_a_recovery_nothing_is_proved() -> None:
     proofs = proved()
     proofs.forget()
