@@ -23,6 +23,7 @@ from deployments.settings import SettingsError
 logger = logging.getLogger("mixtral.access")
 
 STDOUT = "stdout"
+CLIENT_LEFT = 499  # instead of a status that nobody is there to be told
 _PROBES = ("/health", "/ready", "/metrics")  # every few seconds, and they say nothing
 
 
@@ -104,7 +105,7 @@ class AccessLog:
         finally:
             logger.info(_line(scope, record, status, complete))
             pattern = getattr(scope.get("route"), "path", "none")  # what the caller wrote may be anything
-            self._answered(pattern, 499 if status is None else status, record)
+            self._answered(pattern, CLIENT_LEFT if status is None else status, record)
 
 
 def _line(scope: Scope, record: Record, status: int | None, complete: bool) -> str:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
-from deployments.access_log import AccessLog, record_of
+from deployments.access_log import CLIENT_LEFT, AccessLog, record_of
 from deployments.admission import KeyLimit, Pace, RequireKey
 from deployments.body import BodyLimit
 from deployments.errors import ApiError, internal
@@ -98,7 +98,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _client_disconnect(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _our_mistake(_: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from cluster.messages import Exchange, FinishReason, TokenEvent
 from cluster.observer import FailureCause, StepRecord
-from deployments.access_log import Record
+from deployments.access_log import CLIENT_LEFT, Record
 from deployments.engine_metrics import EngineFacts, engine_metrics
 
 MOST = 100  # values of a label that comes from outside; what comes later is counted as "other"
@@ -146,7 +146,7 @@ class Metrics:
     def answered(self, route: str, status: int, record: Record) -> None:
         """An HTTP request is over. The route is a pattern, not what the caller wrote."""
         self._answers.labels(route, str(status)).inc()
-        if record.error is not None or status >= 400:
+        if record.error is not None or (status >= 400 and status != CLIENT_LEFT):
             self._errors.labels(self._few("code", record.error or f"status_{status}")).inc()
         if record.key is not None:
             key = self._few("key", record.key)

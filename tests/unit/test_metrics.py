@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.messages import EngineStats, StepTimes, TokenEvent
 from cluster.observer import StepRecord
-from deployments.access_log import Record
+from deployments.access_log import CLIENT_LEFT, Record
 from deployments.api import create_app
 from deployments.live import Live
 from deployments.metrics import MOST, Metrics
@@ -168,6 +168,14 @@ def test_a_request_that_is_given_up_waits_no_longer() -> None:
         raise TimeoutError
     assert metrics.longest_wait_s() == 0
     assert seen(metrics)["mixtral_e2e_request_latency_seconds_count"] == 0
+
+
+def test_who_left_was_told_nothing() -> None:
+    metrics = Metrics(MODEL, "r")
+    metrics.answered("/v1/completions", CLIENT_LEFT, Record())
+    values = seen(metrics)
+    assert values["mixtral_http_requests_total{route=/v1/completions,status=499}"] == 1
+    assert not any(name.startswith("mixtral_http_errors_total") for name in values)
 
 
 def test_names_from_outside_are_bounded() -> None:
