@@ -1,6 +1,7 @@
 """What a transformer block asks of the ranks around it in one step, and the form for one process.
 
-    x_TD ──attention──▶ partial_TD ──reduce──▶ x_SD ──router──▶ dispatch ──experts──▶ combine ──▶ x_SD ──gather──▶ x_TD
+    normed_TD ──attention──▶ partial_TD ──reduce──▶ + x_SD ──router──▶ dispatch ──experts──▶ combine ──▶ + x_SD
+    next normed_TD ◀──gather── norm of x_SD
 
 T: all tokens of the step.  S: this rank's share of them (all of them where the exchange does not share).
 N: rows that arrived for this rank's slots.  K: experts per token.  D: model width.

@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,1024,2048,4096,8192")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each text in a decode step")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, help="directory for the table and the picture")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -178,17 +179,17 @@ def main() -> None:
         HEADER,
     ]
     print(*head, sep="\n", flush=True)
-    theirs = bench.theirs()
+    theirs = {} if args.alone else bench.theirs()
     lines: list[Line] = []
     for name in args.modes.split(","):
         forget(device)
         for line in bench.ours(None if name == "bfloat16" else cast(Mode, name), theirs):
             print(line, flush=True)
             lines.append(line)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "speed.txt").write_text("\n".join([*head, *map(str, lines)]) + "\n")
-        draw(lines, args.out / "speed.png")
+        if args.out is not None:  # after each mode: what was measured stays, whatever happens to the next
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "speed.txt").write_text("\n".join([*head, *map(str, lines)]) + "\n")
+            draw(lines, args.out / "speed.png")
 
 
 if __name__ == "__main__":
