@@ -25,7 +25,7 @@ from deployments.collectives import MAX_RANKS, examine_collectives
 from deployments.config_file import ConfigFile, HttpOptions, read_config_file
 from deployments.doctor import examine, page
 from deployments.layout import Machine
-from deployments.local_ray import access_log_here, drain, own_ray, why_it_failed
+from deployments.local_ray import access_log_here, drain, in_one_sentence, own_ray, why_it_failed
 from deployments.resolve import Resolved, resolve
 from deployments.settings import Auth, Settings, SettingsError, environment, load
 
@@ -97,7 +97,8 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
 
         resolved = resolve(settings, machine(may_grow=False))
         print(resolved.table(), flush=True)
-        serve.start(proxy_location="HeadOnly", http_options=address.model_dump())
+        with in_one_sentence():
+            serve.start(proxy_location="HeadOnly", http_options=address.model_dump())
         try:
             serve.run(bind(resolved, stdout=access_log), name=name, route_prefix=route_prefix)
         except RuntimeError as error:

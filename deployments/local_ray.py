@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from deployments.settings import SettingsError
+
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
 TELL_TIMEOUT_S = 5.0
 PIPE_ENDS = "\n"  # no line of the log is empty
@@ -37,19 +39,30 @@ def own_ray() -> Iterator[Path]:
         logging.getLogger(logger).setLevel(logging.ERROR)
     _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(directory),
-        )
+        with in_one_sentence():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(directory),
+            )
         _treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)  # again: Ray has put its own handler there
         yield directory
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Around the starts of Ray's processes, which have half a minute each."""
+    try:
+        yield
+    except Exception as error:  # Ray raises nothing narrower
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SettingsError(f"Ray does not start: {reason} If this machine is very busy, try again later.") from error
 
 
 def _direct_streaming(directory: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from deployments.access_log import STDOUT, keep, logger
-from deployments.local_ray import access_log_here
+from deployments.local_ray import access_log_here, in_one_sentence
+from deployments.settings import SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,11 @@ def test_a_reader_of_stdout_who_leaves_holds_nobody_up(tmp_path: Path, monkeypat
         keep(STDOUT, pipe)
         for _ in range(3000):  # more than a pipe holds
             logger.info("x" * 100)
+
+
+@pytest.mark.parametrize("error", [Exception("The node timed out.\nMore of it."), TimeoutError()])
+def test_a_ray_that_does_not_start_is_said_in_one_sentence(error: Exception) -> None:
+    with pytest.raises(SettingsError, match=r"^Ray does not start: T\w+.* try again later\.$"), in_one_sentence():
+        raise error
+    with pytest.raises(KeyboardInterrupt), in_one_sentence():
+        raise KeyboardInterrupt
