@@ -40,6 +40,7 @@ WITHOUT_TORCH = {
     "cluster/admission.py",
     "cluster/data_group.py",
     "cluster/placement.py",
+    "cluster/results.py",
     "cluster/config.py",
     "cluster/memory.py",
     "cluster/exchange_rule.py",
