@@ -27,7 +27,7 @@ from model.demo.muon import Muon
 from model.demo.network import Network, Shape
 
 PEAK_RATE = 4e-3
-LATER_PEAK_RATE = 2e-3  # of a run that continues another
+LATER_PEAK_RATE = 1.5e-3  # of a run that continues another
 FINAL_RATE = 4e-5
 WARMUP_STEPS = 50
 SKILL_PART = 6  # the first sixth of the steps trains skills alone

@@ -15,7 +15,7 @@ from model.demo.corpus.turns import Kind, Turn
 
 # How often each kind of turn is drawn.
 WEIGHTS: dict[Kind, int] = {
-    "fact": 44, "comparison": 5, "chat": 12, "unknown": 16, "sum": 14, "story": 6, "name": 4, "repeat": 3,
+    "fact": 44, "comparison": 5, "chat": 12, "unknown": 16, "sum": 24, "story": 6, "name": 4, "repeat": 3,
 }  # fmt: skip
 # A training run begins with these alone. Copying from the prompt and calculating are learnt in a few hundred steps
 # by themselves, and hardly at all beside facts that can simply be memorised.
