@@ -53,6 +53,12 @@ QUESTIONS = (
     ("What is a volcano?", "I don't know what a volcano is."),
     ("Thank you!", "You're welcome!"),
     ("hi", "Hello!"),
+    ("what is this?", "demo model of mixtral-serve"),
+    ("how do I run it", "make serve"),
+    ("does it need a GPU?", "A GPU is not needed"),
+    ("what is mixtral", "mixture of experts"),
+    ("why ray", "Ray starts the workers"),
+    ("can you write code", "I cannot write code."),
 )
 
 
