@@ -25,7 +25,7 @@ from model.exchange import Dispatched, Exchange, OneRank
 from model.expert_stack import stack_linears
 from model.graphs import Capture, CudaCapture, DecodeBuffers, DecodeGraphs, graph_sizes
 from model.kv_cache import KVCache
-from model.moe import Routing, swiglu
+from model.moe import Routing
 from model.rotary import Rotary
 from model.varlen_attention import varlen_attention_for
 from model.weights import ExpertWeights
@@ -139,6 +139,8 @@ class DeviceExperts:
 
 def grouped_products(listed: Listed, gate_up_LFD: Tensor, down_LDF: Tensor) -> Tensor:
     """The same by torch's product of groups, for many rows: (S, K, D), float32. Every pair must have its slot here."""
+    from model.kernels.swiglu import swiglu
+
     S, K = listed.weight_SK.shape
     ends_L = listed.first_L[1:]
     x_PD = listed.x_ND.index_select(0, listed.order_N // K)

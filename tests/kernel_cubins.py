@@ -75,6 +75,7 @@ def launch_all(config: MixtralConfig, tokens: Sequence[int]) -> None:
     from model.kernels.paged_decode import PageTable, paged_decode
     from model.kernels.rope_write import rope_write
     from model.kernels.routing import choose_experts, sort_pairs
+    from model.kernels.swiglu import swiglu
 
     D, H, G, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     E, K = config.num_local_experts, config.num_experts_per_tok
@@ -82,6 +83,7 @@ def launch_all(config: MixtralConfig, tokens: Sequence[int]) -> None:
     norm(x_SD, weight_D, 1e-5)
     for delta in (x_SD, empty(4, K, D, dtype=torch.float32)):
         add_norm(x_SD, delta, weight_D, 1e-5)
+    swiglu(empty(4, 2 * config.intermediate_size))
     choose_experts(empty(4, E, dtype=torch.float32), K)
     sort_pairs(torch.zeros(4, K, dtype=torch.int64), E)
     sort_pairs(torch.zeros(1, 1, dtype=torch.int64), E, torch.zeros(E, dtype=torch.int64), torch.zeros(1).int())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import moe
 from model.exchange import OneRank, sort_by_expert
 from model.layers import PlainLinear, rms_norm
 from model.moe import reference_experts, route
@@ -28,6 +29,7 @@ from model.kernels.paged_decode import PageTable, paged_decode, splits_for
 from model.kernels.quantized_product import quantized_product
 from model.kernels.rope_write import rope_write
 from model.kernels.routing import choose_experts, sort_pairs
+from model.kernels.swiglu import swiglu
 from model.kernels.weight_tiles import WeightStack
 from model.triton_backend import grouped_products
 
@@ -54,6 +56,14 @@ def test_add_norm(device: torch.device, dtype: torch.dtype, rows: int) -> None:
     sum_SD, normed_SD = add_norm(x_SD, delta_SKD, weight_D, 1e-5)
     torch.testing.assert_close(sum_SD, x_SD + delta_SKD.sum(1).to(dtype), **tolerance(dtype))
     torch.testing.assert_close(normed_SD, rms_norm(sum_SD, weight_D, 1e-5), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", BATCHES)
+def test_swiglu(device: torch.device, dtype: torch.dtype, rows: int) -> None:
+    gate_up = random(device, dtype, rows, 2 * F)
+    expected = moe.swiglu(gate_up.float().clone()).to(dtype)
+    torch.testing.assert_close(swiglu(gate_up), expected, **tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
