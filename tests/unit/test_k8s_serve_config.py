@@ -147,6 +147,4 @@ def test_autoscaling_fires_and_has_room(overlay: str) -> None:
     module, _, name = config["policy"]["policy_function"].partition(":")
     assert (module, name) == (Policy.__module__, Policy.__name__)
     Policy(**config["policy"]["policy_kwargs"])
-    upgrade = ray(overlay)["upgradeStrategy"]
-    assert upgrade["type"] == "NewClusterWithIncrementalUpgrade"
     assert cluster(overlay)["autoscalerOptions"]["version"] == "v2"
