@@ -53,7 +53,10 @@ class DecodeBuffers:
     """What graphs read, for as many rows as the largest has. Only fill() writes it."""
 
     def __init__(self, kv: KVCache, rows: int, max_tokens: int, device: torch.device) -> None:
-        """For texts of up to `max_tokens`. Pages that texts share are listed for each of them."""
+        """For texts of up to `max_tokens` and as many pages as there are; shared ones are listed for each text.
+
+        A text with a sliding window lists pages it has given back as well, and may come to more.
+        """
         max_pages = rows * min(kv.num_pages, -(-max_tokens // kv.page_size)) + 1
         self._scratch_page, self._scratch_slot = kv.num_pages, kv.scratch_slot
         self._step_3R = torch.zeros(3, rows, dtype=torch.int64, device=device)
@@ -65,8 +68,8 @@ class DecodeBuffers:
         self._context.fill_(1)
         self._pages.fill_(self._scratch_page)
 
-    def fill(self, batch: Batch, size: int) -> None:
-        """The batch, and padding up to `size` rows."""
+    def fill(self, batch: Batch, size: int) -> bool:
+        """The batch, and padding up to `size` rows; False where its page table is too long for this."""
         count, rows = len(batch.spans), len(self.slot)
         pages, first_page, context = page_table(batch.spans)
         padding = rows - count
@@ -77,11 +80,14 @@ class DecodeBuffers:
             pages, int32([self._scratch_page]),
         )  # fmt: skip
         used = torch.cat(table)
+        if len(used) > len(self._table):
+            return False
         self._table[: len(used)].copy_(used)
         for row, values in zip(self._step_3R, (batch.token_ids_T, batch.position_T, batch.slot_T), strict=True):
             row[:count] = values
         self._step_3R[:2, count:size] = 0
         self.slot[count:size] = self._scratch_slot
+        return True
 
     def plan(self, size: int, splits: int) -> DevicePlan:
         """Of the first `size` rows, whatever is filled in later."""
@@ -115,7 +121,8 @@ class DecodeGraphs:
         if not rows or any(span.length != 1 for span in batch.spans) or rows > max(self._graphs):
             return None
         size = min(size for size in self._graphs if size >= rows)
-        self._buffers.fill(batch, size)
+        if not self._buffers.fill(batch, size):
+            return None
         replay, hidden_RD = self._graphs[size]
         replay()
         return hidden_RD.index_select(0, batch.logits_rows)

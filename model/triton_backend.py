@@ -79,7 +79,6 @@ class TritonBackend:
 
         kv_heads = kv.layer(0)[0].shape[1]
         buffers = DecodeBuffers(kv, max_rows, self._config.max_position_embeddings, self._device)
-
         one_device = OneDevice(exchange, partial(sort_pairs, tokens=buffers.count))
 
         def compute(rows: int) -> Tensor:

@@ -114,6 +114,17 @@ def test_steps_that_graphs_do_not_know_are_computed(rig: Rig) -> None:
     assert rig.recomputed.replayed == [1]
 
 
+def test_a_page_table_that_is_too_long_is_computed_too(rig: Rig) -> None:
+    """A text of 64 tokens has 16 pages at most here; with a window it may list more."""
+    batch = PagedTexts([[5]], 30, random.Random(0)).step([1])
+    [span] = batch.spans
+    long = replace(batch, spans=(replace(span, runs=(*span.runs, *([(9, 4)] * 20))),))
+    assert torch.equal(
+        rig.model.forward(long, rig.memories[0], rig.exchange), rig.model.forward(batch, rig.memories[1], OneRank(4))
+    )
+    assert rig.recomputed.replayed == []
+
+
 def test_a_graph_no_larger_than_it_must_be() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(6) == [1, 2, 4, 6]

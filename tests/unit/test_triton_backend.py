@@ -18,6 +18,7 @@ from model.expert_stack import together
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import Routing
+from model.quantization import Mode
 from model.shard import Shard
 from tests.paged_texts import PAGE, PagedTexts
 from tests.random_model import RandomModel
@@ -82,6 +83,19 @@ def test_it_computes_what_the_cpu_does_however_texts_are_cut_into_steps(seed: in
         for cpu, device in zip(*routings, strict=True):
             assert torch.equal(cpu.expert_SK, device.expert_SK)
             torch.testing.assert_close(cpu.weight_SK, device.weight_SK, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["int4", "fp8"])
+def test_quantised_models_are_the_cpus_too(mode: Mode) -> None:
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 3}
+    config = MixtralConfig.from_dict(CONFIG | sizes, "config.json")
+    weights = RandomModel(config, CPU, torch.float32, mode=mode).weights()
+    batch = PagedTexts([[5, 6, 7], [8]], 40, random.Random(0)).step([3, 1])
+    expected, found = (
+        Mixtral(config, weights, backend=backend).forward(batch, memory(config, 40), OneRank(3))
+        for backend in (CpuBackend(config, torch.float32), TritonBackend(config, CPU, torch.float32))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_other_ranks_sent_are_computed_too() -> None:
