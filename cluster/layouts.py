@@ -93,7 +93,8 @@ def estimate(
         max_running=config.scheduler.max_running,
     )
     on_one_device = parallel.ranks if config.device == "cpu" else 1
-    free = hardware.memory - RESERVED_BYTES[config.device] - holds.weights * on_one_device
+    beside = holds.workspace if config.device == "cuda" else 0  # on a CPU what is left over is plenty
+    free = hardware.memory - RESERVED_BYTES[config.device] - holds.weights * on_one_device - beside
     if free <= 0:
         return Estimate(layout, holds, lacks=-free)
     try:
