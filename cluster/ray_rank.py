@@ -112,9 +112,10 @@ class Rank:
         """By force: also one that listens to nobody, which Ray by itself ends after seconds only."""
         import ray
 
-        with contextlib.suppress(ray.exceptions.RayError):  # it may be dead already
+        gone = bool(ended([self.watch]))  # then its number may be somebody else's by now
+        with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self.actor)
-        if by_force and self._pulse.process is not None:
+        if by_force and not gone and self._pulse.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pulse.process, signal.SIGKILL)
 
