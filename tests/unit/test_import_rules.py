@@ -33,6 +33,13 @@ ONLY_IN = {
     "torch.distributed": {"cluster/process_group.py", "cluster/transport"},
 }
 WITHOUT_TORCH = {
+    "cluster/commands.py",
+    "cluster/crash_bundle.py",
+    "cluster/heartbeat.py",
+    "cluster/proofs.py",
+    "cluster/rebalancing.py",
+    "cluster/step_clock.py",
+    "cluster/suspects.py",
     "cluster/messages.py",
     "cluster/scheduler.py",
     "cluster/kv_pool.py",
