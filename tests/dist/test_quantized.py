@@ -9,11 +9,10 @@ import pytest
 from cluster.config import ParallelConfig
 from model.quantization import Mode
 from model.quantized_writer import quantize_checkpoint
-from tests.dist.runs import record
+from tests.dist.runs import engine_config, record
 from tests.dist.test_topologies import EVERYTHING, FAST, check
 
 DEMO = Path(__file__).parents[2] / "model" / "demo"
-
 
 CASES: list[tuple[Mode, ParallelConfig]] = [
     ("int4", ParallelConfig(tensor=2, expert=1)),
@@ -26,4 +25,5 @@ CASES: list[tuple[Mode, ParallelConfig]] = [
 @pytest.mark.parametrize(("mode", "layout"), CASES if EVERYTHING else CASES[:2])
 def test_ranks_give_what_one_process_gives(tmp_path: Path, mode: Mode, layout: ParallelConfig) -> None:
     quantize_checkpoint(DEMO, tmp_path / "demo", mode)
-    check(layout, ("all_to_all", "all_reduce"), tmp_path / "demo", record(tmp_path / "demo", layout.data), FAST)
+    config = engine_config(tmp_path / "demo", layout)
+    check(config, record(config), ("all_to_all", "all_reduce"), FAST)
