@@ -119,15 +119,15 @@ class RayGroup:
             for tries_left in reversed(range(START_TRIES)):
                 try:
                     self._fill()
+                    facts = [rank.facts for rank in self._ranks.values() if rank.facts is not None]
+                    self._num_pages = page_budget(self._config, facts, self._tokens_per_sequence)
+                    self._form()
                     break
                 except StepFailed as failure:
                     if not tries_left or self._stopping.is_set():
                         raise
-                    log.error("%s while loading; it is started once more", failure)
-                    self._give_up(self._find_lost())
-            facts = [rank.facts for rank in self._ranks.values() if rank.facts is not None]
-            self._num_pages = page_budget(self._config, facts, self._tokens_per_sequence)
-            self._form()
+                    log.error("%s at the start; what is lost is started once more", failure)
+                    self._part(self._find_lost())
         except BaseException:
             self.stop()
             raise
@@ -135,10 +135,7 @@ class RayGroup:
 
     def recover(self, *, anew: bool = False) -> frozenset[int]:
         self.epoch += 1
-        lost = set(self._ranks) if anew else self._find_lost()
-        self._give_up(lost | self._abort(self._ranks.keys() - lost))
-        for step in self._handed_out:
-            step.abandon()
+        self._part(set(self._ranks) if anew else self._find_lost())
         self._fill()
         self.fetch(self._placement)  # some may have died between two placements
         empty = {number for number, rank in self._ranks.items() if rank.epoch < 0}
@@ -253,9 +250,15 @@ class RayGroup:
         over = ended([rank.watch for rank in self._ranks.values()])
         return {number for number, rank in self._ranks.items() if rank.lost or rank.watch in over}
 
+    def _part(self, lost: set[int]) -> None:
+        """Let go of the ranks that are lost, and of each other."""
+        self._give_up(lost | self._abort(self._ranks.keys() - lost))
+        for step in self._handed_out:
+            step.abandon()
+
     def _abort(self, numbers: Collection[int]) -> set[int]:
-        """Call ranks out of their collectives; those that did not come."""
-        calls = {self._ranks[n].ask("control", "abort"): n for n in numbers if self._ranks[n].state == "ready"}
+        """Call ranks out of their collectives, also those that wait for others to join; those that did not come."""
+        calls = {self._ranks[n].ask("control", "abort"): n for n in numbers if self._ranks[n].facts is not None}
         came = {calls[call] for call in ended(list(calls), ABORT_TIMEOUT_S) if not failed(call)}
         return set(calls.values()) - came
 

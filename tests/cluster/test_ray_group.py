@@ -16,6 +16,10 @@ from cluster.engine import Engine
 from cluster.launch import launch, launch_in_process
 from cluster.messages import Request, SamplingParams
 from cluster.observer import Silence
+from cluster.placement import even_placement
+from cluster.worker_group import RayGroup
+from deployments.resolve import Machine, resolve
+from deployments.settings import load
 from model.errors import CheckpointError
 from tests.tiny import write_checkpoint
 
@@ -137,6 +141,22 @@ async def test_a_death_while_idle_is_mended_before_anybody_asks(checkpoint: Path
         assert await answer(engine, "r", "the router", temperature=0.0)
     finally:
         await engine.stop()
+
+
+async def test_a_rank_that_dies_while_the_group_starts_is_started_again() -> None:
+    demo = resolve(load({"parallel": {"tensor": 2}}), Machine(cores=2, gpus=0)).engine
+    placement = even_placement(4, 8, 2)
+    group = RayGroup(demo, placement, 2048, on_loss=lambda *_: None)
+    try:
+        starting = asyncio.ensure_future(asyncio.to_thread(group.start))
+        await _until(lambda: any(rank.pid for rank in group.ranks()), seconds=60)
+        victim = max(rank.pid for rank in group.ranks())
+        os.kill(victim, signal.SIGKILL)
+        assert await starting > 0
+        assert {rank.state for rank in group.ranks()} == {"ready"}
+        assert victim not in {rank.pid for rank in group.ranks()}
+    finally:
+        await asyncio.to_thread(group.stop)
 
 
 async def test_a_checkpoint_that_cannot_be_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
