@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
         return status
     except SettingsError as error:
         print(f"mixtral-serve: {error}", file=sys.stderr)
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # before there was anything to finish, or the second one
         return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough: what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _settings(file: ConfigFile, options: argparse.Namespace) -> Settings:

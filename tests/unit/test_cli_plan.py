@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
 from deployments.cli import main
@@ -55,3 +58,12 @@ def test_fewer_bits_fit_where_all_do_not(capsys: pytest.CaptureFixture[str]) -> 
     assert main(arguments) == 1
     assert main([*arguments, "--quantization", "int4"]) == 0
     assert "23.5 GiB" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `mixtral-serve plan ... | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["plan", "8x7b", "--gpus", "2"]) == 141
