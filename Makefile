@@ -11,7 +11,7 @@ serve: $(READY)
 
 # Two at a time: half of what servers under test do is wait. One pytest per folder: tests/dist forks, which no process
 # with Ray or a used thread pool may do.
-FOLDERS := cluster e2e unit dist
+FOLDERS := e2e unit dist cluster
 CHECKS := lint types $(FOLDERS:%=tests-%)
 
 test: $(READY)
