@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from tqdm import tqdm
-
-from deployments.settings import SettingsError
+from deployments.rewriting import add_arguments, rewrite
 from model.convert import convert
-from model.errors import ModelError
 
 HELP = """\
 Write a checkpoint in the other layout: the same weights, bit for bit, under other names.
@@ -30,21 +26,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint directory")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
+    add_arguments(parser)
     parser.add_argument("--to", required=True, choices=["huggingface", "mistral"], help="the layout of TARGET")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(options: argparse.Namespace) -> int:
-    with tqdm(unit="B", unit_scale=True, disable=options.quiet) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            convert(options.source.expanduser(), options.target.expanduser(), options.to, progress)
-        except ModelError as error:
-            raise SettingsError(f"{error}.") from None
-    return 0
+    return rewrite(options, lambda source, target, progress: convert(source, target, options.to, progress))

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from tqdm import tqdm
-
-from deployments.settings import SettingsError
-from model.errors import ModelError
+from deployments.rewriting import add_arguments, rewrite
 from model.quantized_writer import quantize_checkpoint
 
 HELP = """\
@@ -30,21 +26,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint directory")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
+    add_arguments(parser)
     parser.add_argument("--mode", required=True, choices=["int8", "int4", "nf4", "fp8"], help="what weights become")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(options: argparse.Namespace) -> int:
-    with tqdm(unit="B", unit_scale=True, disable=options.quiet) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            quantize_checkpoint(options.source.expanduser(), options.target.expanduser(), options.mode, progress)
-        except ModelError as error:
-            raise SettingsError(f"{error}.") from None
-    return 0
+    return rewrite(
+        options, lambda source, target, progress: quantize_checkpoint(source, target, options.mode, progress)
+    )
