@@ -18,36 +18,14 @@ import uvicorn
 
 from cluster.engine import Engine
 from cluster.launch import launch
-from cluster.observer import FailureCause, Silence
 from deployments.api import create_app
 from deployments.live import Live
 from deployments.resolve import Machine, resolve
 from deployments.settings import load
 from tests.e2e.server import free_port
+from tests.notes import Notes
 
 START_TIMEOUT_S = 120
-
-
-class Notes(Silence):
-    """What the engine said of its failures."""
-
-    def __init__(self) -> None:
-        self.failures: list[tuple[float, FailureCause]] = []
-        self.pauses: list[float] = []
-        self.moves: list[int] = []
-        self.canaries: list[bool] = []
-
-    def rank_failed(self, cause: FailureCause) -> None:
-        self.failures.append((monotonic(), cause))
-
-    def recovered(self, pause_s: float) -> None:
-        self.pauses.append(pause_s)
-
-    def rebalanced(self, moves: int) -> None:
-        self.moves.append(moves)
-
-    def canary(self, ok: bool) -> None:
-        self.canaries.append(ok)
 
 
 class Served:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import monotonic, sleep
 
 import pytest
@@ -18,40 +18,14 @@ from cluster.engine_loop import EngineLoop
 from cluster.expert_load import ExpertLoad
 from cluster.kv_pool import PagePool
 from cluster.messages import EngineStats, Request, SamplingParams, StepPlan, TokenEvent
-from cluster.observer import FailureCause, Silence, StepRecord
 from cluster.placement import even_placement
 from cluster.scheduler import Event, Scheduler
 from cluster.suspects import CULPRIT
 from tests.fake_group import FakeGroup, FakeStep, next_token
+from tests.notes import Notes
 
 WAIT_S = 10
 POISON = 99  # no token that is ever sampled
-
-
-@dataclass
-class Notes(Silence):
-    """An observer that keeps what it is told."""
-
-    steps: list[StepRecord] = field(default_factory=list)
-    failures: list[FailureCause] = field(default_factory=list)
-    pauses: list[float] = field(default_factory=list)
-    moves: list[int] = field(default_factory=list)
-    canaries: list[bool] = field(default_factory=list)
-
-    def step(self, record: StepRecord) -> None:
-        self.steps.append(record)
-
-    def rank_failed(self, cause: FailureCause) -> None:
-        self.failures.append(cause)
-
-    def recovered(self, pause_s: float) -> None:
-        self.pauses.append(pause_s)
-
-    def rebalanced(self, moves: int) -> None:
-        self.moves.append(moves)
-
-    def canary(self, ok: bool) -> None:
-        self.canaries.append(ok)
 
 
 class Desk:
