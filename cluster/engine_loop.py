@@ -241,6 +241,7 @@ class EngineLoop:
                 stats=self._stats(),
                 slot_rows=slot_rows,
                 slot_experts=self._load.placement.expert_of if slot_rows else (),
+                graph=result.graph,
             )
         )
 

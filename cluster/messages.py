@@ -215,6 +215,7 @@ class StepResult:
     # If the plan wants the load: per layer, rows of every slot since the last report. Of a rank: its own slots; of the
     # group: all slots, rank by rank.
     slot_rows: tuple[tuple[int, ...], ...] = ()
+    graph: bool | None = None  # of rank 0: whether a captured graph was replayed; None: it has captured none
 
 
 @dataclass(frozen=True, slots=True)

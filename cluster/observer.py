@@ -29,6 +29,7 @@ class StepRecord:
     stats: EngineStats  # after it
     slot_rows: tuple[tuple[int, ...], ...] = ()  # if this step reported the load: per layer, rows of every slot
     slot_experts: tuple[tuple[int, ...], ...] = ()  # with them: per layer, the expert in every slot
+    graph: bool | None = None  # whether rank 0 replayed a captured graph; None: it has captured none
 
 
 class Observer(Protocol):

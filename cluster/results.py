@@ -28,4 +28,5 @@ def merge(results: Sequence[StepResult], placement: Placement) -> StepResult:
         {seq: value for result in results for seq, value in result.failed.items()},
         {seq: value for result in results for seq, value in result.routing.items()},
         tuple(sum(layer, ()) for layer in zip(*counted, strict=True)),
+        first.graph,
     )

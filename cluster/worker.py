@@ -204,6 +204,7 @@ class Worker:
             failed={s.start.seq: s.sampled.error for s in states if s.sampled is not None and s.sampled.error},
             routing={w.seq: one for w, one in zip(told, routing, strict=True)},
             slot_rows=slot_rows,
+            graph=self._model.replayed,
         )
 
     def _settle(self, placement: int) -> None:

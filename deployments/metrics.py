@@ -77,6 +77,8 @@ class Metrics:
         self._part_clocks = _begin_at_zero(parts, ("schedule", *_PARTS, "postprocess", "publish"))
         exchanges = self._counter("steps_by_exchange", "Steps by how the ranks exchanged tokens.", "exchange")
         self._exchanges = _begin_at_zero(exchanges, get_args(Exchange))
+        graphs = self._counter("graph_steps", "Steps by whether a captured graph was replayed, on rank 0.", "outcome")
+        self._graph_steps = {True: graphs.labels("hit"), False: graphs.labels("miss")}
         self._expert_tokens: list[dict[int, int]] = []  # per layer and expert
 
         failures = self._counter("rank_failures", "Ranks that failed, by how.", "cause")
@@ -103,6 +105,8 @@ class Metrics:
         self._iteration_tokens.observe(record.prompt_tokens + record.decode_tokens)
         self._step.observe(record.step_s)
         self._exchanges[record.exchange].inc()
+        if record.graph is not None:
+            self._graph_steps[record.graph].inc()
         clocks = self._part_clocks
         clocks["schedule"].inc(record.schedule_s)
         clocks["postprocess"].inc(record.postprocess_s)

@@ -56,6 +56,7 @@ class Mixtral:
         ]
         self._graphs: DecodeGraphs | None = None
         self._captured: tuple[KVCache, Exchange] | None = None
+        self.replayed: bool | None = None  # whether the last forward() was a graph; None: nothing is captured
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, exchange: Exchange, routings: list[Routing] | None = None) -> Tensor:
@@ -66,9 +67,11 @@ class Mixtral:
         """
         alone = isinstance(exchange, OneRank)
         self._stages.start("attention")
+        self.replayed = None if self._graphs is None else False
         if routings is None and self._graphs is not None and (kv, exchange) == self._captured:
             hidden_RD = self._graphs.replay(batch)
             if hidden_RD is not None:
+                self.replayed = True
                 return hidden_RD
         attention = self._backend.attention(batch, kv)
         # No later token attends to what the last block gives: alone, it need not go on with rows nobody asked for.

@@ -62,6 +62,7 @@ class FakeGroup:
         self.steps = 0
         self.epoch = 0
         self.prepare_error: Exception | None = None
+        self.graph: bool | None = None  # what every step says of graphs
         self.slot_rows: tuple[tuple[int, ...], ...] = ()  # what every step reports, if its plan wants the load
         self.stopped = False
         self.canaries: list[StepPlan] = []
@@ -209,6 +210,7 @@ class FakeGroup:
             failed=failed,
             routing=routing,
             slot_rows=self.slot_rows if plan.report_load else (),
+            graph=self.graph,
         )
 
     def _read(self, state: _State, position: int) -> int:

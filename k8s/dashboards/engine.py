@@ -70,7 +70,10 @@ ENGINE = Dashboard(
                             "{{replica}} rank {{rank}}",
                         ),
                     ),
-                    width=16,
+                ),
+                Panel(
+                    "Graphs", "ops", "Steps that replayed a CUDA graph, or did not: prompts, or none fits.",
+                    (rate("graph_steps_total", "outcome", "{{outcome}}"),), "stacked",
                 ),
             ),
         ),

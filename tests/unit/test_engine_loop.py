@@ -241,7 +241,9 @@ def eventually(holds: object) -> None:
 
 
 def test_every_step_is_reported_with_its_tokens_and_its_time() -> None:
-    with desk() as asked:
+    group = FakeGroup(64, 4)
+    group.graph = True
+    with desk(group) as asked:
         asked.ask("a", (5, 6, 7), max_tokens=6)
         assert asked.answer("a")[0] == alone((5, 6, 7), 6)
     first, *rest = asked.notes.steps
@@ -249,6 +251,7 @@ def test_every_step_is_reported_with_its_tokens_and_its_time() -> None:
     assert {(record.prompt_tokens, record.decode_tokens) for record in rest} == {(0, 1)}
     assert [record.stats.steps for record in asked.notes.steps] == sorted(r.stats.steps for r in asked.notes.steps)
     for record in asked.notes.steps:
+        assert record.graph is True
         assert min(record.schedule_s, record.step_s, record.postprocess_s, record.publish_s) >= 0
     assert asked.notes.failures == []
 

@@ -110,8 +110,10 @@ def test_steps_that_graphs_do_not_know_are_computed(rig: Rig) -> None:
     rig.model.forward(batch, memory, rig.exchange, [])
     rig.model.forward(PagedTexts([], 30, random.Random(0)).step([]), memory, rig.exchange)
     assert rig.recomputed.replayed == []
+    assert rig.model.replayed is False
     rig.model.forward(batch, memory, rig.exchange)
     assert rig.recomputed.replayed == [1]
+    assert rig.model.replayed is True
 
 
 def test_a_page_table_that_is_too_long_is_computed_too(rig: Rig) -> None:
@@ -138,3 +140,4 @@ def test_progress_is_told_and_graphs_can_be_dropped() -> None:
     rig.model.drop_graphs()
     rig.model.forward(PagedTexts([[5]], 30, random.Random(0)).step([1]), rig.memories[0], rig.exchange)
     assert rig.recomputed.replayed == []
+    assert rig.model.replayed is None

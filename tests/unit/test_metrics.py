@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -78,20 +79,23 @@ def test_the_names_that_users_of_other_servers_know() -> None:
 def test_a_step() -> None:
     metrics = Metrics(MODEL, "r")
     metrics.step(STEP)
-    metrics.step(STEP)
+    metrics.step(replace(STEP, graph=True))
+    metrics.step(replace(STEP, graph=False))
     values = seen(metrics)
-    assert values["mixtral_iteration_tokens_sum"] == 10
-    assert values["mixtral_step_duration_seconds_sum"] == 3.0
+    assert values["mixtral_iteration_tokens_sum"] == 15
+    assert values["mixtral_step_duration_seconds_sum"] == 4.5
     parts = {name: value for name, value in values.items() if name.startswith("mixtral_step_seconds_total") and value}
     assert parts == {
-        "mixtral_step_seconds_total{part=schedule}": 0.5,
-        "mixtral_step_seconds_total{part=build}": 2.0,
-        "mixtral_step_seconds_total{part=exchange}": 4.0,
-        "mixtral_step_seconds_total{part=postprocess}": 1.0,
-        "mixtral_step_seconds_total{part=publish}": 0.25,
+        "mixtral_step_seconds_total{part=schedule}": 0.75,
+        "mixtral_step_seconds_total{part=build}": 3.0,
+        "mixtral_step_seconds_total{part=exchange}": 6.0,
+        "mixtral_step_seconds_total{part=postprocess}": 1.5,
+        "mixtral_step_seconds_total{part=publish}": 0.375,
     }
-    assert values["mixtral_steps_by_exchange_total{exchange=all_reduce}"] == 2
+    assert values["mixtral_steps_by_exchange_total{exchange=all_reduce}"] == 3
     assert values["mixtral_steps_by_exchange_total{exchange=all_to_all}"] == 0
+    assert values["mixtral_graph_steps_total{outcome=hit}"] == 1
+    assert values["mixtral_graph_steps_total{outcome=miss}"] == 1, "the step of a rank without graphs is neither"
 
 
 def test_rows_of_a_slot_are_those_of_the_expert_that_sits_in_it_now() -> None:

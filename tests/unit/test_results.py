@@ -9,7 +9,7 @@ ONE = TokenLogprob(5, -0.5, 1, ())
 
 def test_groups_follow_one_another_and_others_say_nothing() -> None:
     quiet = StepResult(4, (), (), StepTimes(router=9.0))
-    first = StepResult(4, (1, 3), (50, 51), StepTimes(head=1.0), {1: ONE}, {3: (ONE,)}, failed={3: "why"})
+    first = StepResult(4, (1, 3), (50, 51), StepTimes(head=1.0), {1: ONE}, {3: (ONE,)}, failed={3: "why"}, graph=True)
     second = StepResult(4, (2,), (52,), StepTimes(head=2.0), pooled={8: ((0.5,),)}, routing={2: (((0, 1.0),),)})
     assert merge([first, quiet, second, quiet], even_placement(1, 4, 4)) == StepResult(
         4,
@@ -21,6 +21,7 @@ def test_groups_follow_one_another_and_others_say_nothing() -> None:
         {8: ((0.5,),)},
         {3: "why"},
         {2: (((0, 1.0),),)},
+        graph=True,
     )
 
 

@@ -11,7 +11,9 @@ from cluster.errors import EngineError, StepFailed
 from cluster.messages import LAST_SAMPLED, Pooling, SamplingParams, SequenceChunk, SequenceStart, StepPlan
 from cluster.placement import Placement, even_placement
 from cluster.worker import Worker
+from model.batch import Batch
 from model.comm import alone
+from model.cpu_backend import CpuBackend
 from tests.tiny import CONFIG, write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, seed=0)
@@ -83,6 +85,20 @@ def test_the_token_sampled_last_needs_no_way_through_the_plan(worker: Worker) ->
     whole = SequenceChunk(1, PROMPT + first.token_ids, 0, (2, 3), True)
     told = worker.step(StepPlan(2, (whole,), (start(1, PROMPT + first.token_ids),)))
     assert ahead.token_ids == told.token_ids
+
+
+def test_a_step_says_whether_it_was_a_graph(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graphs:
+        def replay(self, batch: Batch) -> torch.Tensor | None:
+            decodes = all(span.length == 1 for span in batch.spans)
+            return torch.zeros(len(batch.logits_rows), CONFIG["hidden_size"]) if decodes else None
+
+    prompt = StepPlan(0, (SequenceChunk(0, PROMPT, 0, (0, 1), True),), (start(0),))
+    assert worker.step(prompt).graph is None, "a CPU captures none"
+    monkeypatch.setattr(CpuBackend, "decode_graphs", lambda *_: Graphs())
+    worker.join(alone(), num_pages=8)
+    assert worker.step(prompt).graph is False
+    assert worker.step(StepPlan(1, (SequenceChunk(0, (LAST_SAMPLED,), 5, (), True),))).graph is True
 
 
 def test_a_stored_token_is_computed_but_not_written(worker: Worker) -> None:
