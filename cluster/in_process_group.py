@@ -55,7 +55,7 @@ class InProcessGroup:
         """The plans say it."""
 
     def prepare(self, grammar: Grammar) -> None:
-        self._worker.prepare(grammar)
+        self._worker.compile(grammar)
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return (replace(self._status, last_step_age_s=self._clock.age()),)

@@ -97,7 +97,7 @@ class RankActor:
         self._worker.fetch(placement)
 
     def prepare(self, grammar: Grammar) -> None:
-        self._worker.prepare(grammar)
+        self._worker.compile(grammar)
 
     def _count(self, done: int, total: int) -> None:
         self._read = done, total

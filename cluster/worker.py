@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from time import monotonic
 
 import torch
@@ -20,31 +19,24 @@ from torch import Tensor
 from cluster.all_to_all import SlotTables, exchange_for
 from cluster.canary import Canary, tokens_of_groups
 from cluster.config import EngineConfig
-from cluster.errors import CanaryFailed, EngineError, StepFailed
-from cluster.footprint import footprint, matrix_bytes
-from cluster.held_experts import HeldExperts, Place, fetch, hold
-from cluster.host_memory import available_bytes
+from cluster.errors import CanaryFailed, StepFailed
+from cluster.held_experts import HeldExperts, fetch, hold
 from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
 from cluster.placement import Placement
+from cluster.rank_loader import RankLoader
 from cluster.rank_state import RankState, Wanted
 from cluster.routing import routing_of
 from cluster.sampling import choose, token_logprobs
-from model.checkpoint import load_experts, load_weights
 from model.comm import Groups
-from model.config import load_config
 from model.exchange import OneRank, SlotLoad
-from model.expert_stack import put_together
 from model.grammar import CompiledGrammar, GrammarCompiler
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import Routing
-from model.shard import Shard
 from model.stages import Stages
 from model.tokenizer import load_tokenizer
-from model.weights import ExpertWeights
 
 HEAD_ROWS = 256  # rows of a prompt whose logits are in memory at once
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Worker:
@@ -52,18 +44,8 @@ class Worker:
         self.rank = rank
         self._group, tensor_rank = divmod(rank, config.parallel.tensor)
         self._samples = tensor_rank == 0
-        self._shard = Shard(
-            tensor_rank,
-            config.parallel.tensor,
-            placement.slots_of(rank),
-            expert_slice=rank % placement.slices,
-            expert_slices=placement.slices,
-        )
         self._config = config
         self._placement = placement
-        self._device = torch.device(config.device)
-        self._dtype = DTYPES[config.dtype]
-        self._quantization = None if config.quantization == "none" else config.quantization
         self._stages = Stages()
         self._kv: KVCache | None = None
         self._fetched: HeldExperts | None = None
@@ -73,34 +55,22 @@ class Worker:
     def load(self, progress: Callable[[int, int], None] | None = None) -> WorkerFacts:
         """Read this rank's share of the checkpoint."""
         began = monotonic()
-        directory = self._directory = Path(self._config.model_path)
-        self._model_config = load_config(directory)
-        workspace = self._refuse_what_is_too_large()
-        weights = load_weights(
-            directory,
-            self._model_config,
-            self._shard,
-            dtype=self._dtype,
-            device=self._device,
-            quantization=self._quantization,
-            progress=progress,
-        )
-        if self._device.type == "cuda":
-            put_together(weights)
+        self._loader = RankLoader(self.rank, self._config, self._placement)
+        self._device, self._model_config = self._loader.device, self._loader.model_config
+        weights = self._loader.weights(progress)
         self._held = hold(self._model_config, self.rank, self._placement, weights)
-        self._tokenizer = load_tokenizer(directory)
+        self._tokenizer = load_tokenizer(self._loader.directory)
         self._compiler = GrammarCompiler(
             self._tokenizer.vocabulary, self._tokenizer.eos_ids, self._model_config.vocab_size
         )
-        page = KVCache.bytes_per_page(self._model_config, self._shard, self._config.kv.page_size, self._dtype)
         return WorkerFacts(
             pid=os.getpid(),
             node=socket.gethostname(),
             device=str(self._device),
             weight_bytes=weights.nbytes,
             load_seconds=monotonic() - began,
-            bytes_per_page=page,
-            free_bytes=max(0, self._free_bytes() - (workspace if self._device.type == "cuda" else 0)),
+            bytes_per_page=self._loader.bytes_per_page,
+            free_bytes=self._loader.bytes_for_pages(),
         )
 
     def join(self, groups: Groups, num_pages: int) -> None:
@@ -108,19 +78,12 @@ class Worker:
         self._groups = groups
         if self._kv is None or self._kv.num_pages != num_pages:
             self._kv = None  # its memory is free before the new one's is taken
-            self._kv = KVCache(
-                self._model_config,
-                self._shard,
-                num_pages=num_pages,
-                page_size=self._config.kv.page_size,
-                dtype=self._dtype,
-                device=self._device,
-            )
+            self._kv = self._loader.pages(num_pages)
         self._use(self._held)
         self._state = RankState(
             self._tokenizer.eos_ids,
             self._model_config.vocab_size,
-            lambda grammar: self.prepare(grammar).matcher(),
+            lambda grammar: self.compile(grammar).matcher(),
             group=self._group,
             samples=self._samples,
         )
@@ -146,20 +109,9 @@ class Worker:
         """
         self._fetched = None
         if placement.number != self._held.placement.number:
-            self._fetched = fetch(self._held, placement, self.rank, self._model_config, self._read)
+            self._fetched = fetch(self._held, placement, self.rank, self._model_config, self._loader.experts)
 
-    def _read(self, experts: Sequence[Place]) -> dict[Place, ExpertWeights]:
-        return load_experts(
-            self._directory,
-            self._model_config,
-            self._shard,
-            experts,
-            dtype=self._dtype,
-            device=self._device,
-            quantization=self._quantization,
-        )
-
-    def prepare(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Compile a grammar into the cache, so that no step has to. Callable beside a step. ModelError if it cannot."""
         return self._compiler.compile(grammar.kind, grammar.text, opens_text=grammar.opens_text)
 
@@ -283,28 +235,3 @@ class Worker:
             if w.ends:
                 pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
         return pooled
-
-    def _refuse_what_is_too_large(self) -> int:
-        """Before anything is read that there is no room for. Bytes that a step needs beside weights and pages."""
-        saved, scheduler = self._model_config.quantization, self._config.scheduler
-        holds = footprint(
-            self._model_config,
-            self._config.parallel,
-            itemsize=self._dtype.itemsize,
-            matrix_bytes=matrix_bytes(self._quantization if saved is None else saved.mode, self._dtype.itemsize),
-            max_step_tokens=scheduler.max_step_tokens,
-            max_running=scheduler.max_running,
-        )
-        lacks = holds.weights - self._free_bytes()
-        if lacks > 0:
-            raise EngineError(
-                f"rank {self.rank}'s weights take {holds.weights} bytes and its {self._device.type} lacks {lacks} of "
-                "them: use more ranks or a quantization (mixtral-serve plan compares them)"
-            )
-        return holds.workspace
-
-    def _free_bytes(self) -> int:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # what only torch still holds is free as well
-            return int(torch.cuda.mem_get_info(self._device)[0])
-        return available_bytes()
