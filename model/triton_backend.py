@@ -19,10 +19,11 @@ from torch.nn import functional
 from model.backend import Run
 from model.batch import Batch
 from model.config import MixtralConfig
-from model.device_attention import DeviceAttention, DevicePlan, DevicePlanner
+from model.device_attention import DeviceAttention, DevicePlan, DevicePlanner, KernelReader, PageReader
 from model.device_exchange import Listed, OneDevice
 from model.exchange import Dispatched, Exchange, OneRank
 from model.expert_stack import stack_linears
+from model.flash_pages import FlashReader, reads_pages
 from model.graphs import Capture, CudaCapture, DecodeBuffers, DecodeGraphs, graph_sizes
 from model.kv_cache import KVCache
 from model.moe import Routing
@@ -65,11 +66,20 @@ class TritonBackend:
         kv_heads = kv.layer(0)[0].shape[1]
         window = self._config.sliding_window
         planner = DevicePlanner(kv.page_size, window, kv_heads, self._processors, self._device)
-        return self.planned_attention(planner.plan(batch.spans), kv, batch.position_T, batch.slot_T)
+        longest = max((span.context for span in batch.spans), default=0)
+        return self.planned_attention(planner.plan(batch.spans), kv, batch.position_T, batch.slot_T, longest)
 
-    def planned_attention(self, plan: DevicePlan, kv: KVCache, position_T: Tensor, slot_T: Tensor) -> DeviceAttention:
-        angles = self._rotary.angles(position_T, self._dtype)
-        return DeviceAttention(plan, kv, angles, slot_T, self._config.sliding_window, self._varlen_attention)
+    def planned_attention(
+        self, plan: DevicePlan, kv: KVCache, position_T: Tensor, slot_T: Tensor, max_tokens: int
+    ) -> DeviceAttention:
+        """`max_tokens`: that a text may have in any step that this is used for."""
+        angles, window = self._rotary.angles(position_T, self._dtype), self._config.sliding_window
+        reader: PageReader
+        if reads_pages(self._varlen_attention, kv.page_size):
+            reader = FlashReader(plan, kv.page_size, window, max_tokens)
+        else:
+            reader = KernelReader(plan, kv.page_size, window, self._varlen_attention)
+        return DeviceAttention(plan.num_decodes, reader, kv, angles, slot_T)
 
     def decode_graphs(
         self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: Callable[[int, int], None] | None
@@ -78,12 +88,13 @@ class TritonBackend:
         from model.kernels.routing import sort_pairs
 
         kv_heads = kv.layer(0)[0].shape[1]
-        buffers = DecodeBuffers(kv, max_rows, self._config.max_position_embeddings, self._device)
+        max_tokens = self._config.max_position_embeddings
+        buffers = DecodeBuffers(kv, max_rows, max_tokens, self._device)
         one_device = OneDevice(exchange, partial(sort_pairs, tokens=buffers.count))
 
         def compute(rows: int) -> Tensor:
             plan = buffers.plan(rows, splits_for(rows, kv_heads, self._processors))
-            attention = self.planned_attention(plan, kv, buffers.position[:rows], buffers.slot[:rows])
+            attention = self.planned_attention(plan, kv, buffers.position[:rows], buffers.slot[:rows], max_tokens)
             return run(buffers.token_ids[:rows], attention, one_device)
 
         return DecodeGraphs(buffers, graph_sizes(max_rows), compute, self._make_capture(), progress)

@@ -10,7 +10,7 @@ import torch
 
 from model.attention_plan import slot_runs
 from model.batch import SequenceSpan
-from model.device_attention import DevicePlanner, page_table
+from model.device_attention import DevicePlanner, key_slots, page_table
 
 pytest.importorskip("triton", reason="plans name what kernels take")
 
@@ -45,7 +45,8 @@ def test_keys_of_prompts_are_those_in_sight(window: int | None) -> None:
         first = 0 if window is None else max(0, span.context - span.length + 1 - window)
         assert keys == span.context - first
         expected += [slot for run in slot_runs(span, first, span.context, PAGE) for slot in range(run.start, run.stop)]
-    assert prompts.slot_M.tolist() == expected
+    assert key_slots(prompts, PAGE).tolist() == expected
+    assert prompts.table.context_B.tolist() == [span.context for span in CHUNKS]
     assert prompts.chunks.rows == (6, 3)
     assert prompts.chunks.row_border.tolist() == [0, 6, 9]
     assert prompts.chunks.key_border.diff().tolist() == list(prompts.chunks.keys)
