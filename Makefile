@@ -39,7 +39,7 @@ setup: $(READY)
 # Anew whenever what is to be installed changes. pip, not another installer: it honours the constraints file
 # together with whatever wheels the machine is configured to find. Its byte-compiling, on one core, is nearly half of
 # the time; compileall takes all cores. A few templates inside packages are not Python, hence the dash.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard model/native/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib

@@ -1,4 +1,4 @@
-"""How a CPU computes a block: attention per run of pages, experts one after another on packed weights.
+"""How a CPU computes a block: attention per run of pages, experts one after another, or all in one compiled kernel.
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  H, G: query and key-value heads.  C: head_dim.
 """
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from model.attention import paged_attention
 from model.attention_plan import Planner
-from model.backend import Run
+from model.backend import Experts, Run
 from model.batch import Batch
 from model.config import MixtralConfig
 from model.exchange import Dispatched, Exchange, OneRank
 from model.kv_cache import KVCache
 from model.layers import rms_norm
 from model.moe import Routing, route, run_experts
+from model.native.linear import NativeExperts, NativeLinear
 from model.rotary import Rotary, rotate
 from model.weights import ExpertWeights
 
@@ -41,7 +42,11 @@ class CpuBackend:
     def decode_graphs(self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: object) -> None:
         return None
 
-    def experts(self, experts: Sequence[ExpertWeights]) -> ExpertLoop:
+    def experts(self, experts: Sequence[ExpertWeights]) -> Experts:
+        gate_up = [expert.gate_up for expert in experts if isinstance(expert.gate_up, NativeLinear)]
+        down = [expert.down for expert in experts if isinstance(expert.down, NativeLinear)]
+        if experts and len(gate_up) == len(down) == len(experts):
+            return OneKernel(NativeExperts(gate_up, down))
         return ExpertLoop(experts)
 
     def norm(self, x_SD: Tensor, weight_D: Tensor) -> Tensor:
@@ -79,3 +84,11 @@ class ExpertLoop:
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         return run_experts(dispatched.x_ND, dispatched.rows, self._experts)
+
+
+class OneKernel:
+    def __init__(self, experts: NativeExperts) -> None:
+        self._experts = experts
+
+    def __call__(self, dispatched: Dispatched) -> Tensor:
+        return self._experts(dispatched.x_ND, dispatched.rows)

@@ -1,4 +1,4 @@
-"""The parts every block shares: the fixed linear map, in its two unquantised forms, and the RMS norm.
+"""The parts every block shares: the fixed linear map, in its unquantised forms, and the RMS norm.
 
 T: rows.  I, O: features in and out.  D: model width.
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.native.linear import NativeLinear, has_kernel
+
 # Rows the packed layout is tuned for. One pack serves every row count; decode batches gain most from it.
 PACK_ROWS = 32
 
@@ -18,7 +20,7 @@ PACK_ROWS = 32
 class Linear(Protocol):
     """x_TI @ weight_OI.T for one weight, kept only in the layout that multiplies fastest where it lies.
 
-    Plain and packed here, quantised in quantized_linear.py.
+    Plain and packed here, bfloat16 on a CPU in native/linear.py, quantised in quantized_linear.py.
     """
 
     @property
@@ -39,7 +41,14 @@ class Linear(Protocol):
 
 
 def make_linear(weight_OI: Tensor) -> Linear:
-    return PackedLinear(weight_OI) if can_pack(weight_OI) else PlainLinear(weight_OI)
+    if has_kernel(weight_OI):
+        return NativeLinear(weight_OI)
+    return PackedLinear(weight_OI) if has_operator(weight_OI) else PlainLinear(weight_OI)
+
+
+def can_pack(weight_OI: Tensor) -> bool:
+    """Whether make_linear() keeps a copy in a layout of its own."""
+    return has_kernel(weight_OI) or has_operator(weight_OI)
 
 
 class PlainLinear:
@@ -78,7 +87,7 @@ class PackedLinear:
         return weight_OI
 
 
-def can_pack(weight_OI: Tensor) -> bool:
+def has_operator(weight_OI: Tensor) -> bool:
     if weight_OI.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or 0 in weight_OI.shape:

@@ -1,0 +1,78 @@
+"""The compiled kernels for CPUs, where there are any: found, and asked whether this processor has their instructions.
+
+    pip install  compiles *.c to _kernels*.so beside this file, if there is a C compiler
+    here         opens it, and gives it the threads of torch's own OpenMP: a second pool would fight for the cores
+
+Knows addresses and sizes, no tensors' meaning. Whoever calls a kernel answers for shapes, types and strides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAPS = Path("/proc/self/maps")
+OPENMP = ("libgomp", "libiomp", "libomp")
+VERSION = 1  # of what ARGUMENTS says; simd.h has the same
+HUGE_PAGE = 2 << 20
+MADV_HUGEPAGE = 14
+
+Address = ctypes.c_void_p
+Size = ctypes.c_int64
+
+ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "linear": (Address, Size, Size, Address, Size, Size, Address, Size),
+    "experts": (Address, Address, Size, Address, Address, Size, Size, Address, Address, Size),
+}
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """None: this processor or this installation has none, and torch's own operators do their work."""
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        logger.info("no compiled CPU kernels: pip found no C compiler; bfloat16 runs on torch's own, more slowly")
+        return None
+    try:
+        _share_openmp()
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        logger.warning("the compiled CPU kernels do not load (%s); bfloat16 runs on torch's own, more slowly", error)
+        return None
+    if library.version() != VERSION:
+        logger.warning("the compiled CPU kernels are of another version: install the project again (make setup)")
+        return None
+    if not library.supported():
+        return None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _share_openmp() -> None:
+    """Let the kernels find the OpenMP that torch has loaded, under whatever name its wheel has for it."""
+    for line in MAPS.read_text().splitlines():
+        path = line.rpartition(" ")[2]
+        if Path(path).name.startswith(OPENMP):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return
+    raise OSError("torch has loaded no OpenMP")
+
+
+def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory in large pages, where the system gives any: what is read once a step looks up fewer addresses."""
+    memory = torch.empty(shape, dtype=dtype)
+    first = -(-memory.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (memory.data_ptr() + memory.nbytes - first) // HUGE_PAGE * HUGE_PAGE
+    if size > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(Address(first), ctypes.c_size_t(size), ctypes.c_int(MADV_HUGEPAGE))  # advice: it may be refused
+    return memory

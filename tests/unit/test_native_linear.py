@@ -1,0 +1,122 @@
+"""Linear maps and experts by the compiled kernels, beside torch in float64."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.layers import make_linear
+from model.moe import reference_experts
+from model.native import library
+from model.native.linear import NativeExperts, NativeLinear, has_kernel
+from model.weights import ExpertWeights
+
+compiled = pytest.mark.skipif(
+    library.kernels() is None, reason="no C compiler at installation, or no AVX-512 with BF16 in this processor"
+)
+# A sum's own rounding, and that of what is kept of it.
+TOLERANCE = {"rtol": 2**-8, "atol": 2**-8}
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (values / shape[-1] ** 0.25).bfloat16()
+
+
+@compiled
+@pytest.mark.parametrize("rows", [0, 1, 2, 11, 12, 13, 24, 25, 37, 100, 700])
+@pytest.mark.parametrize(("features_in", "features_out"), [(2, 32), (24, 96), (62, 64), (1030, 32)])
+def test_a_kernel_multiplies_as_float64_does(threads: int, rows: int, features_in: int, features_out: int) -> None:
+    weight_OI, x_TI = random(features_out, features_in), random(rows, features_in, seed=1)
+    linear = make_linear(weight_OI.clone())
+    assert isinstance(linear, NativeLinear)
+    expected_TO = (x_TI.double() @ weight_OI.double().T).bfloat16()
+    torch.testing.assert_close(linear(x_TI), expected_TO, **TOLERANCE)
+    assert torch.equal(linear.weight_OI, weight_OI)
+    assert linear.nbytes == weight_OI.nbytes
+
+
+@compiled
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads(threads: int) -> None:
+    linear, x_TI = NativeLinear(random(64, 200)), random(300, 200, seed=1)
+    alone_TO = torch.cat([linear(row_1I) for row_1I in x_TI.split(1)])
+    for size in (5, 12, 40, 300):
+        assert torch.equal(torch.cat([linear(part) for part in x_TI.split(size)]), alone_TO)
+
+
+@compiled
+def test_rows_may_lie_apart() -> None:
+    linear, wide = NativeLinear(random(32, 6)), random(5, 40)
+    assert torch.equal(linear(wide[:, 3:9]), linear(wide[:, 3:9].contiguous()))
+    assert torch.equal(linear(wide[:, ::5][:, :6]), linear(wide[:, ::5][:, :6].contiguous()))
+
+
+@compiled
+@pytest.mark.parametrize("rows", [[1, 0, 0], [0, 0, 0], [3, 0, 50], [400, 13, 1], [12, 24, 36]])
+@pytest.mark.parametrize(("D", "F"), [(32, 16), (64, 48), (96, 1008)])
+def test_experts_in_one_call_are_the_experts_one_by_one(threads: int, rows: list[int], D: int, F: int) -> None:
+    gate_up = [random(2 * F, D, seed=2 * slot) for slot in range(3)]
+    down = [random(D, F, seed=2 * slot + 1) for slot in range(3)]
+    x_ND = random(sum(rows), D, seed=9)
+    expert_N1 = torch.repeat_interleave(torch.arange(3), torch.tensor(rows))[:, None]
+    oracle = [ExpertWeights(_Exact(g), _Exact(d)) for g, d in zip(gate_up, down, strict=True)]
+    expected_ND = reference_experts(x_ND.float(), expert_N1, torch.ones(len(x_ND), 1), oracle)
+    experts = NativeExperts([NativeLinear(g) for g in gate_up], [NativeLinear(d) for d in down])
+    y_ND = experts(x_ND, rows)
+    assert y_ND.dtype == torch.bfloat16
+    scale = expected_ND.abs().max().item() if len(x_ND) else 1.0
+    torch.testing.assert_close(y_ND.float(), expected_ND, rtol=2**-6, atol=2**-7 * scale)
+
+
+class _Exact:
+    """As the oracle reads an expert."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.weight_OI = weight_OI.float()
+
+
+@compiled
+def test_what_fits_no_panel_has_no_kernel() -> None:
+    assert has_kernel(random(32, 2))
+    assert not any(map(has_kernel, (random(48, 2), random(32, 3), random(32, 2).float(), random(32, 2).to("meta"))))
+    assert not has_kernel(torch.empty(32, 0, dtype=torch.bfloat16))
+
+
+def test_without_a_library_torch_does_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    find = library.kernels.__wrapped__
+    with caplog.at_level(logging.INFO):
+        assert find() is None
+        (tmp_path / "_kernels.so").write_bytes(b"no library")
+        assert find() is None
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
+@compiled
+def test_a_library_of_another_version_is_not_called(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
+    assert library.kernels.__wrapped__() is None
+    assert "make setup" in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 5, 3 << 20])
+def test_large_pages_are_ordinary_memory(size: int) -> None:
+    memory = library.empty_huge((size,), torch.bfloat16)
+    assert torch.equal(memory.fill_(3), torch.full((size,), 3, dtype=torch.bfloat16))
