@@ -14,17 +14,17 @@ from datetime import timedelta
 from time import monotonic
 from typing import Literal, Protocol
 
-import torch
 import torch.distributed as dist
 
 from cluster.transport.gloo import GlooComm
 from cluster.transport.nccl import NcclComm
+from cluster.transport.nccl_library import load_nccl
 from cluster.transport.shared_memory import Layout, PeerLost, SharedMemoryComm, create_file
 from model.comm import Comm, Groups, SoloComm
 
 Transport = Literal["shared_memory", "gloo", "nccl"]
 
-LOOK_AGAIN_S = 0.005  # whether the first rank of a group has come
+LOOK_AGAIN_S = 0.005  # whether other ranks have come
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ def join(
 ) -> Membership:
     """This rank's end of its groups; returns when all ranks have joined. Rank 0 brings the store it opened.
 
-    Whoever waits in vain, over shared memory, is called back by `leave`. NCCL binds to the current CUDA device.
+    Whoever waits in vain is called back by `leave`, but for gloo, which has its timeout. NCCL binds to the current CUDA
+    device.
     """
     leave = threading.Event() if leave is None else leave
     if store is None:
@@ -126,10 +127,7 @@ def _connect(
             layout = Layout(size)
             if rank == 0:
                 prefixed.set("path", create_file(layout))
-            deadline = monotonic() + rendezvous.timeout_s
-            while not prefixed.check(["path"]):
-                if leave.wait(LOOK_AGAIN_S) or monotonic() > deadline:
-                    raise PeerLost("the group was aborted, or its first rank did not come")
+            _wait_for(["path"], prefixed, rendezvous.timeout_s, leave)
             return SharedMemoryComm(prefixed.get("path").decode(), rank, layout, rendezvous.timeout_s, leave)
         case "gloo":
             options = dist.ProcessGroupGloo._Options()
@@ -138,9 +136,17 @@ def _connect(
             options._threads = 1  # collectives run one after another; more threads only fight the compute threads
             return GlooComm(dist.ProcessGroupGloo(prefixed, rank, size, options))
         case "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timedelta(seconds=rendezvous.timeout_s)
-            backend = dist.ProcessGroupNCCL(prefixed, rank, size, options)
-            # Now, while every rank is here, and not in the first step.
-            backend.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
-            return NcclComm(backend)
+            library = load_nccl()
+            if rank == 0:
+                prefixed.set("id", library.unique_id())
+            prefixed.set(f"rank-{rank}", "here")
+            # A rank that waits inside NCCL for one that never comes cannot be called back: first see that all are here.
+            _wait_for(["id", *(f"rank-{other}" for other in range(size))], prefixed, rendezvous.timeout_s, leave)
+            return NcclComm(library, prefixed.get("id"), rank, size)
+
+
+def _wait_for(keys: list[str], store: dist.Store, timeout_s: float, leave: threading.Event) -> None:
+    deadline = monotonic() + timeout_s
+    while not store.check(keys):
+        if leave.wait(LOOK_AGAIN_S) or monotonic() > deadline:
+            raise PeerLost("the group was aborted, or one of its ranks did not come")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 from torch.distributed import PrefixStore
 
-from cluster.process_group import Membership, Rendezvous, join, open_store
+from cluster import process_group
+from cluster.process_group import Membership, Rendezvous, Transport, join, open_store
+from cluster.transport.nccl import NcclComm
+from cluster.transport.nccl_library import NcclLibrary
 from cluster.transport.shared_memory import PeerLost, SharedMemoryComm, supported
 from model.comm import Groups
+from tests.nccl_ranks import can_compile, fake_nccl
 from tests.threaded_ranks import on_groups
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
@@ -40,15 +45,37 @@ def test_one_abort_ends_what_waits_in_either_group() -> None:
     assert on_groups(2, 2, rank_main) == ["raised", "raised", "adds up to 2", "adds up to 2"]
 
 
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not can_compile():
+        pytest.skip("the fake NCCL is C: needs gcc")
+    with fake_nccl() as library:
+        monkeypatch.setattr(process_group, "load_nccl", lambda: NcclLibrary(library))
+        yield
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "nccl"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_who_waits_for_a_rank_that_never_comes_can_be_called_back(rank: int) -> None:
-    rendezvous = Rendezvous("127.0.0.1", 0, 2, 2, transport="shared_memory", timeout_s=60)
+def test_who_waits_for_a_rank_that_never_comes_can_be_called_back(nccl: None, rank: int, transport: Transport) -> None:
+    rendezvous = Rendezvous("127.0.0.1", 0, 2, 2, transport=transport, timeout_s=60)
     store, leave = open_store(rendezvous), threading.Event()
     with ThreadPoolExecutor(1) as thread:
         joining = thread.submit(join, rendezvous, rank, "127.0.0.1", store, leave)
         leave.set()
         with pytest.raises(PeerLost, match="aborted"):
             joining.result(timeout=10)
-    if rank == 0:
+    if rank == 0 and transport == "shared_memory":
         file = PrefixStore("epoch-0/world", store).get("path").decode()
         assert not Path(file).exists(), "who made the file takes its name away"
+
+
+def test_ranks_meet_over_nccl_in_both_groups(nccl: None) -> None:
+    rendezvous = Rendezvous("127.0.0.1", 0, 4, 2, transport="nccl", timeout_s=60)
+    store = open_store(rendezvous)
+    with ThreadPoolExecutor(4) as threads:
+        joining = [threads.submit(join, rendezvous, rank, "127.0.0.1", store) for rank in range(4)]
+        found = [future.result(timeout=30).groups for future in joining]
+    assert all(isinstance(comm, NcclComm) for groups in found for comm in (groups.world, groups.tensor))
+    assert [(g.world.rank, g.world.size, g.tensor.rank, g.tensor.size) for g in found] == [
+        (0, 4, 0, 2), (1, 4, 1, 2), (2, 4, 0, 2), (3, 4, 1, 2)
+    ]  # fmt: skip
