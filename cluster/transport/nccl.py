@@ -67,7 +67,7 @@ class NcclComm:
         if not x_TD.numel():
             return x_TD
         most = max(rows)
-        even = x_TD if min(rows) == most else torch.cat([_padded(part, most) for part in x_TD.split(list(rows))])
+        even = x_TD if min(rows) == most else torch.cat([_padded(part, most) for part in torch.split(x_TD, list(rows))])
         pieces, total = even.contiguous(), x_TD.new_empty(most, *x_TD.shape[1:])
         with self._call() as (communicator, stream):
             self._library.reduce_scatter(
@@ -86,7 +86,7 @@ class NcclComm:
             self._library.all_gather(piece.data_ptr(), gathered.data_ptr(), piece.nbytes, BYTES, communicator, stream)
         if min(rows) == most:
             return gathered
-        return torch.cat([part[:count] for part, count in zip(gathered.split(most), rows, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(torch.split(gathered, most), rows, strict=True)])
 
     def all_to_all(self, x_ND: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         assert len(send) == len(receive) == self.size
