@@ -1,4 +1,4 @@
-"""The command line, mixtral-serve: serve, batch, plan, convert, quantize and doctor.
+"""The command line, mixtral-serve: serve, bench, batch, plan, convert, quantize and doctor.
 
 Talks to people: one sentence on stderr and a status above zero when it cannot. Everything it starts, it ends:
 processes, shared memory, and the directory with their logs. Ray is imported only once the configuration is right,
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments import convert, plan, quantize
+from deployments import bench, convert, plan, quantize
 from deployments.batch import BatchStopped, run_batch
 from deployments.batch_file import Entry, Output, read_entries
 from deployments.collectives import MAX_RANKS, examine_collectives
@@ -204,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help=CONFIG_HELP)
     serve.add_argument("--host", help="address to listen on (127.0.0.1; 0.0.0.0 lets other machines in)")
     serve.add_argument("--port", type=_port, help="port to listen on (8000)")
+    bench.add_command(commands)
     batch = commands.add_parser(
         "batch",
         help="answer the requests of a file",
