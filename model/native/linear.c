@@ -37,69 +37,50 @@ INLINE Share share_of(int64_t total) {
     return (Share){total * thread / threads, total * (thread + 1) / threads, 0};
 }
 
-// Whether the next task, of this cost, begins in the share.
+// Whether the next task, of this cost, begins in the share. One that costs nothing is nobody's.
 INLINE int mine(Share *share, int64_t task_cost) {
     const int64_t at = share->at;
     share->at += task_cost;
-    return at >= share->first && at < share->last;
+    return task_cost && at >= share->first && at < share->last;
 }
 
-INLINE int64_t total_cost(int64_t rows, int64_t I, int64_t strips) {
-    const int64_t whole = rows_at_once(I), rest = rows % whole;
-    return strips * (rows / whole * cost(whole) + (rest ? cost(rest) : 0));
+static void linear_strips(Share *share, const bf16 *x, int64_t x_stride, int64_t T, int64_t I, const bf16 *packed,
+                          int64_t O, bf16 *y) {
+    for (int64_t panel = 0; panel < O / PANEL; panel += 2)
+        if (mine(share, cost(T)))
+            strip(T, x, x_stride, I, panels_at(packed, panel, panel + 1, 2, I), keep, y + panel * PANEL, O);
 }
 
-static void down_strips(Share *share, const bf16 *x, int64_t x_stride, int64_t rows, int64_t I, const bf16 *packed,
-                        int64_t O, bf16 *y) {
-    const int64_t at_once = rows_at_once(I);
-    for (int64_t first = 0; first < rows; first += at_once) {
-        const int64_t M = rows - first < at_once ? rows - first : at_once;
-        for (int64_t panel = 0; panel < O / PANEL; panel += 2)
-            if (mine(share, cost(M)))
-                strip(M, x + first * x_stride, x_stride, I, panels_at(packed, panel, panel + 1, 2, I), keep,
-                      y + first * O + panel * PANEL, O);
-    }
-}
-
-static void gate_up_strips(Share *share, const bf16 *x, int64_t rows, int64_t D, const bf16 *packed, int64_t F,
+static void gate_up_strips(Share *share, const bf16 *x, int64_t T, int64_t D, const bf16 *packed, int64_t F,
                            bf16 *hidden) {
-    const int64_t at_once = rows_at_once(D);
-    for (int64_t first = 0; first < rows; first += at_once) {
-        const int64_t M = rows - first < at_once ? rows - first : at_once;
-        for (int64_t panel = 0; panel < F / PANEL; panel++)
-            if (mine(share, cost(M)))
-                strip(M, x + first * D, D, D, panels_at(packed, panel, F / PANEL + panel, 1, D), swiglu,
-                      hidden + first * F + panel * PANEL, F);
-    }
+    for (int64_t panel = 0; panel < F / PANEL; panel++)
+        if (mine(share, cost(T)))
+            strip(T, x, D, D, panels_at(packed, panel, F / PANEL + panel, 1, D), swiglu, hidden + panel * PANEL, F);
 }
 
 void linear(const bf16 *x, int64_t x_stride, int64_t T, const bf16 *packed, int64_t O, int64_t I, bf16 *y,
             int64_t threads) {
-    const int64_t total = total_cost(T, I, O / PANEL / 2);
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(total);
-        down_strips(&share, x, x_stride, T, I, packed, O, y);
+        Share share = share_of(O / PANEL / 2 * cost(T));
+        linear_strips(&share, x, x_stride, T, I, packed, O, y);
     }
 }
 
 // hidden has room for (N, F). gate_up and down: one address per expert.
 void experts(const bf16 *x, const int64_t *rows, int64_t E, const bf16 *const *gate_up, const bf16 *const *down,
              int64_t D, int64_t F, bf16 *hidden, bf16 *y, int64_t threads) {
-    int64_t up_total = 0, down_total = 0;
-    for (int64_t e = 0; e < E; e++) {
-        up_total += total_cost(rows[e], D, F / PANEL);
-        down_total += total_cost(rows[e], F, D / PANEL / 2);
-    }
+    int64_t each = 0; // of one strip of every expert
+    for (int64_t e = 0; e < E; e++) each += cost(rows[e]);
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(up_total);
+        Share share = share_of(F / PANEL * each);
         for (int64_t e = 0, first = 0; e < E; first += rows[e++])
             gate_up_strips(&share, x + first * D, rows[e], D, gate_up[e], F, hidden + first * F);
 #pragma omp barrier
-        share = share_of(down_total);
+        share = share_of(D / PANEL / 2 * each);
         for (int64_t e = 0, first = 0; e < E; first += rows[e++])
-            down_strips(&share, hidden + first * F, F, rows[e], F, down[e], D, y + first * D);
+            linear_strips(&share, hidden + first * F, F, rows[e], F, down[e], D, y + first * D);
     }
 }
 

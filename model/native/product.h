@@ -84,13 +84,7 @@ INLINE void strip(int64_t M, const bf16 *x, int64_t x_stride, int64_t I, Panels 
     }
 }
 
-// Rows that stay in a core's own cache while all panels pass by.
-INLINE int64_t rows_at_once(int64_t I) {
-    const int64_t rows = (512 << 10) / (I * 2) / TILE_ROWS * TILE_ROWS;
-    return rows < TILE_ROWS ? TILE_ROWS : rows;
-}
-
 // What a strip costs beside others, in rows: reading its panels takes as long as multiplying so many.
-INLINE int64_t cost(int64_t rows) { return rows < 16 ? 16 : rows; }
+INLINE int64_t cost(int64_t rows) { return rows == 0 ? 0 : rows < 16 ? 16 : rows; }
 
 #endif
