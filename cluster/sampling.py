@@ -63,8 +63,12 @@ class Sampled:
             params.temperature, params.top_k, params.top_p, params.min_p, params.seed, self.num_generated
         )
 
+    @property
+    def watches(self) -> bool:
+        """It has to know what it generated; others only how much."""
+        return self.history is not None or self.matcher is not None
+
     def accept(self, token_id: int) -> None:
-        self.num_generated += 1
         if self.history is not None:
             self.history.append(token_id)
         if self.matcher is not None and self.error is None:
@@ -96,8 +100,11 @@ def choose(logits_RV: Tensor, sequences: Sequence[Sampled]) -> Tensor:
         _apply_rules(logits_RV, sequences, [r for r in changed if sequences[r].rules != PLAIN])
         _apply_grammars(logits_RV, sequences)
     ids_R = sample(logits_RV, [s.row() for s in sequences])
-    for sequence, token_id in zip(sequences, ids_R.tolist(), strict=True):
-        sequence.accept(token_id)
+    for sequence in sequences:
+        sequence.num_generated += 1
+    if any(sequence.watches for sequence in sequences):  # else nobody waits for the device here
+        for sequence, token_id in zip(sequences, ids_R.tolist(), strict=True):
+            sequence.accept(token_id)
     return ids_R
 
 

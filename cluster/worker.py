@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from time import monotonic
+from dataclasses import dataclass, replace
+from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from cluster.config import EngineConfig
 from cluster.errors import CanaryFailed, StepFailed
 from cluster.held_experts import HeldExperts, fetch, hold
 from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
+from cluster.messages import Routing as TokenRouting
 from cluster.placement import Placement
 from cluster.rank_loader import RankLoader
-from cluster.rank_state import RankState, Wanted
+from cluster.rank_state import RankState, StepInput, Wanted
 from cluster.routing import routing_of
 from cluster.sampling import choose, token_logprobs
+from cluster.step_input import StepTensors
+from cluster.step_output import OnTheWay, StepOutput
 from model.comm import Groups
 from model.exchange import OneRank, SlotLoad
 from model.grammar import CompiledGrammar, GrammarCompiler
@@ -37,6 +41,16 @@ from model.stages import Stages
 from model.tokenizer import load_tokenizer
 
 HEAD_ROWS = 256  # rows of a prompt whose logits are in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A step that only has to be computed."""
+
+    plan: StepPlan
+    step: StepInput
+    group_tokens: tuple[int, ...]  # of every data group
+    seconds: float  # that preparing took
 
 
 class Worker:
@@ -56,7 +70,7 @@ class Worker:
         """Read this rank's share of the checkpoint."""
         began = monotonic()
         self._loader = RankLoader(self.rank, self._config, self._placement)
-        self._device, self._model_config = self._loader.device, self._loader.model_config
+        self._model_config = self._loader.model_config
         weights = self._loader.weights(progress)
         self._held = hold(self._model_config, self.rank, self._placement, weights)
         self._tokenizer = load_tokenizer(self._loader.directory)
@@ -66,7 +80,7 @@ class Worker:
         return WorkerFacts(
             pid=os.getpid(),
             node=socket.gethostname(),
-            device=str(self._device),
+            device=str(self._loader.device),
             weight_bytes=weights.nbytes,
             load_seconds=monotonic() - began,
             bytes_per_page=self._loader.bytes_per_page,
@@ -80,20 +94,25 @@ class Worker:
             self._kv = None  # its memory is free before the new one's is taken
             self._kv = self._loader.pages(num_pages)
         self._use(self._held)
+        limits = self._config.scheduler
         self._state = RankState(
             self._tokenizer.eos_ids,
             self._model_config.vocab_size,
             lambda grammar: self.compile(grammar).matcher(),
+            self._kv,
+            seats=limits.max_running,
+            max_tokens=limits.max_step_tokens,
             group=self._group,
             samples=self._samples,
         )
-        self._next_step = 0
+        self._last_ids = torch.zeros(limits.max_running, dtype=torch.int64, device=self._loader.device)
+        self.next_step = self._next_computed = 0
 
     def _use(self, held: HeldExperts) -> None:
         """Compute with these experts from now on."""
         self._held = held
         self._model = Mixtral(self._model_config, held.weights, tensor=self._groups.tensor, stages=self._stages)
-        self._tables = SlotTables(held.placement, self._device)
+        self._tables = SlotTables(held.placement, self._loader.device)
         self._load = SlotLoad(self._model_config.num_hidden_layers, held.placement.slots_per_rank)
         self._canary = None
         if self._groups.world.size == 1:
@@ -115,49 +134,75 @@ class Worker:
         """Compile a grammar into the cache, so that no step has to. Callable beside a step. ModelError if it cannot."""
         return self._compiler.compile(grammar.kind, grammar.text, opens_text=grammar.opens_text)
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
-        if plan.step != self._next_step:
-            raise StepFailed(f"rank {self.rank} was given step {plan.step} but expected step {self._next_step}")
-        self._next_step += 1
-        self._stages.start("build")
-        self._settle(plan.placement)
-        assert self._kv is not None
-        step = self._state.take(plan, self._kv, self._device)
-        if plan.canary:
-            return self._prove(plan)
+        """The whole of a step, where nothing runs beside it."""
+        return self.compute(self.prepare(plan)).result()
+
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> Prepared:
+        """What of a step does not need the one before: work of the host alone, beside whose computing it may run.
+
+        In the order of steps, at most two of which are prepared and not computed.
+        """
+        if plan.step != self.next_step:
+            raise StepFailed(f"rank {self.rank} was given step {plan.step} but expected step {self.next_step}")
+        assert plan.step < self._next_computed + 2, "its numbers would be written over those of a step to be computed"
+        began = perf_counter()
+        step = self._state.take(plan)
         group_tokens = plan.group_tokens or (plan.num_tokens,)
-        assert len(step.batch.token_ids_T) == group_tokens[self._group], "ranks would disagree about shapes"
-        exchange = exchange_for(plan.exchange, self._groups, self._tables, group_tokens, self._load)
-        sampling = [w for w in step.wanted if w.samples]
-        told = [w for w in sampling if w.routed]
+        assert plan.canary or step.numbers.tokens == group_tokens[self._group], "ranks would disagree about shapes"
+        self.next_step += 1
+        return Prepared(plan, step, group_tokens, perf_counter() - began)
+
+    @torch.inference_mode()
+    def compute(self, prepared: Prepared) -> StepOutput:
+        """In the order of steps, on the thread that joined. A GPU may still be at it when this returns."""
+        assert prepared.plan.step == self._next_computed
+        self._stages.start("build")
+        self._settle(prepared.plan.placement)
+        if prepared.plan.canary:
+            self._prove(prepared.plan)
+            output = StepOutput(self._result(prepared))
+        else:
+            output = self._forward(prepared)
+        self._next_computed += 1
+        return output
+
+    def _forward(self, prepared: Prepared) -> StepOutput:
+        plan, step = prepared.plan, prepared.step
+        assert self._kv is not None
+        tensors = step.numbers.send(self._last_ids)
+        exchange = exchange_for(plan.exchange, self._groups, self._tables, prepared.group_tokens, self._load)
+        told = [m for m, state in enumerate(step.sampled) if state.routed]
         routings: list[Routing] | None = [] if told else None
-        hidden_RD = self._model.forward(step.batch, self._kv, exchange, routings)
-        prompt_logprobs = {w.seq: self._judge(w, hidden_RD) for w in step.wanted if w.targets}
-        routing = (
-            []
-            if routings is None
-            else routing_of(routings, exchange, step.batch.logits_rows, [w.rows[-1] for w in told])
-        )
-        token_ids, logprobs = self._sample(sampling, hidden_RD)
-        slot_rows = self._load.take() if plan.report_load else ()
+        hidden_RD = self._model.forward(tensors.batch, self._kv, exchange, routings)
+        prompt_logprobs = {w.state.start.seq: self._judge(w, hidden_RD) for w in step.judged}
+        routing: list[TokenRouting] = []
+        if routings is not None:
+            rows = [step.sampled_rows[m] for m in told]
+            routing = routing_of(routings, exchange, tensors.batch.logits_rows, rows)
+        ids_M, logprobs = self._sample(step, tensors, hidden_RD)
         if not self._samples:
-            return StepResult(plan.step, (), (), StepTimes(**self._stages.take()), slot_rows=slot_rows)
-        pooled = self._pool([w for w in step.wanted if w.pools], hidden_RD)
-        states = [state for chunk in plan.chunks if (state := self._state.sequences.get(chunk.seq)) is not None]
-        return StepResult(
-            plan.step,
-            tuple(w.seq for w in sampling),
-            token_ids,
-            StepTimes(**self._stages.take()),
-            logprobs,
-            prompt_logprobs,
-            pooled,
-            failed={s.start.seq: s.sampled.error for s in states if s.sampled is not None and s.sampled.error},
-            routing={w.seq: one for w, one in zip(told, routing, strict=True)},
-            slot_rows=slot_rows,
+            return StepOutput(self._result(prepared), OnTheWay(ids_M[:0]))  # its result waits all the same
+        pooled = self._pool(step.pooled, hidden_RD)
+        known = replace(
+            self._result(prepared),
+            seqs=tuple(state.start.seq for state in step.sampled),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
+            failed={s.start.seq: s.sampled.error for s in step.states if s.sampled is not None and s.sampled.error},
+            routing={step.sampled[m].start.seq: one for m, one in zip(told, routing, strict=True)},
             graph=self._model.replayed,
         )
+        return StepOutput(known, OnTheWay(ids_M))
+
+    def _result(self, prepared: Prepared) -> StepResult:
+        """What every rank says of a step."""
+        slot_rows = self._load.take() if prepared.plan.report_load else ()
+        seconds = self._stages.take()
+        seconds["build"] += prepared.seconds
+        return StepResult(prepared.plan.step, (), (), StepTimes(**seconds), slot_rows=slot_rows)
 
     def _settle(self, placement: int) -> None:
         """Use the placement that the plan names."""
@@ -171,8 +216,8 @@ class Worker:
             )
         self._use(fetched)
 
-    def _prove(self, plan: StepPlan) -> StepResult:
-        """Every expert and collective gives what it should, or StepFailed."""
+    def _prove(self, plan: StepPlan) -> None:
+        """Every expert and collective gives what it should, or CanaryFailed."""
         if self._canary is None:
             self._canary = Canary(self._held, self.rank, self._groups)
         group_tokens = tokens_of_groups(self._held.placement, self._groups)
@@ -180,37 +225,35 @@ class Worker:
         fault = self._canary.fault(self._model, exchange)
         if fault is not None:
             raise CanaryFailed(f"a canary found on rank {self.rank}: {fault}")
-        slot_rows = self._load.take() if plan.report_load else ()
-        return StepResult(plan.step, (), (), StepTimes(**self._stages.take()), slot_rows=slot_rows)
 
-    def _sample(self, wanted: Sequence[Wanted], hidden_RD: Tensor) -> tuple[tuple[int, ...], dict[int, TokenLogprob]]:
+    def _sample(
+        self, step: StepInput, tensors: StepTensors, hidden_RD: Tensor
+    ) -> tuple[Tensor, dict[int, TokenLogprob]]:
         """The next token of each sequence: the first rank of a tensor group chooses, the others are told."""
-        if not wanted:
-            return (), {}
-        logits_RV = self._model.logits(hidden_RD[[w.rows[-1] for w in wanted]])
-        self._stages.start("sample")
-        states = [self._state.sequences[w.seq] for w in wanted]
         logprobs: dict[int, TokenLogprob] = {}
+        if not step.sampled:
+            return tensors.seat, logprobs
+        hidden_MD = hidden_RD if len(hidden_RD) == len(step.sampled) else hidden_RD.index_select(0, tensors.sampled_row)
+        logits_MV = self._model.logits(hidden_MD)
+        self._stages.start("sample")
         if self._samples:
-            sequences = [state.sampled for state in states if state.sampled is not None]
-            ids_R = choose(logits_RV, sequences)
-            top = {r: n for r, s in enumerate(sequences) if (n := s.sampling.logprobs) is not None}
+            sequences = [state.sampled for state in step.sampled if state.sampled is not None]
+            ids_M = choose(logits_MV, sequences)
+            top = {m: n for m, s in enumerate(sequences) if (n := s.sampling.logprobs) is not None}
             if top:
-                found = token_logprobs(logits_RV[list(top)], ids_R[list(top)], list(top.values()))
-                logprobs = {wanted[r].seq: logprob for r, logprob in zip(top, found, strict=True)}
+                found = token_logprobs(logits_MV[list(top)], ids_M[list(top)], list(top.values()))
+                logprobs = {step.sampled[m].start.seq: logprob for m, logprob in zip(top, found, strict=True)}
         else:
-            ids_R = torch.empty(len(wanted), dtype=torch.int64, device=self._device)
+            ids_M = torch.empty(len(step.sampled), dtype=torch.int64, device=self._loader.device)
         if self._groups.tensor.size > 1:
             self._stages.start("exchange")
-            ids_R = self._groups.tensor.broadcast(ids_R, 0)
-        token_ids = tuple(ids_R.tolist())
-        for state, token_id in zip(states, token_ids, strict=True):
-            state.last_sampled = token_id
-        return token_ids, logprobs
+            ids_M = self._groups.tensor.broadcast(ids_M, 0)
+        self._last_ids.index_copy_(0, tensors.seat, ids_M)
+        return ids_M, logprobs
 
     def _judge(self, wanted: Wanted, hidden_RD: Tensor) -> tuple[TokenLogprob, ...]:
         """What the model thought of the prompt tokens that follow the wanted rows."""
-        sampling = self._state.sequences[wanted.seq].start.sampling
+        sampling = wanted.state.start.sampling
         assert sampling is not None
         assert sampling.prompt_logprobs is not None
         found: list[TokenLogprob] = []
@@ -219,7 +262,7 @@ class Worker:
             row = wanted.rows[0] + first
             logits_RV = self._model.logits(hidden_RD[row : row + len(targets)])
             if self._samples:
-                targets_R = torch.tensor(targets, device=self._device)
+                targets_R = torch.tensor(targets, device=self._loader.device)
                 found += token_logprobs(logits_RV, targets_R, [sampling.prompt_logprobs] * len(targets))
         return tuple(found)
 
@@ -227,11 +270,11 @@ class Worker:
         """Add the wanted rows to their texts; the vectors of the texts that end. Scores where the model has labels."""
         pooled = {}
         for w in wanted:
-            state = self._state.sequences[w.seq]
+            state = w.state
             assert state.pool is not None
             rows_LD = hidden_RD[w.rows[0] : w.rows[-1] + 1]
             classifies = not self._model_config.is_language_model and self._held.weights.head is not None
             state.pool = state.pool.add(self._model.logits(rows_LD) if classifies else rows_LD)
             if w.ends:
-                pooled[w.seq] = tuple(map(tuple, state.pool.result().tolist()))
+                pooled[state.start.seq] = tuple(map(tuple, state.pool.result().tolist()))
         return pooled

@@ -197,9 +197,10 @@ def test_experts_move_when_a_plan_says_so(half: Worker) -> None:
 def test_a_placement_that_was_not_fetched_is_refused(half: Worker) -> None:
     with pytest.raises(StepFailed, match="rank 0 was to use expert placement 3 but has not fetched it; it holds 0"):
         half.step(StepPlan(0, (), placement=3))
+    half.join(alone(), num_pages=4)
     half.fetch(replace(even_placement(2, 4, 2), number=4))
     with pytest.raises(StepFailed, match="expert placement 3"):
-        half.step(StepPlan(1, (), placement=3))
+        half.step(StepPlan(0, (), placement=3))
 
 
 def test_fetching_what_is_held_takes_back_what_was_fetched(half: Worker) -> None:
