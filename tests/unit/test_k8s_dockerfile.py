@@ -25,12 +25,34 @@ def test_both_targets_run_as_the_user_that_the_manifests_name() -> None:
 
 
 def test_everything_that_is_installed_has_a_version() -> None:
-    for target in ("cpu-wheels", "cuda-wheels"):
-        installs = re.findall(r"pip install (.*)$", stage(target), re.MULTILINE)
-        assert "-c constraints.txt" in installs[0]
-    assert "flash-attn==${FLASH_ATTN}" in DOCKERFILE
+    constrained = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for command in re.findall(r"pip install ((?:.*\\\n)*.*)", DOCKERFILE):
+        words = command.partition("&&")[0].replace("-c constraints.txt", "").replace("\\\n", " ").split()
+        wanted = [word for word in words if not word.startswith("-")]
+        assert wanted
+        for one in wanted:
+            ours = one.strip('"').startswith(".")  # its requirements have versions where constraints.txt is given
+            assert ("-c constraints.txt" in command) if ours else ("==" in one or one in constrained), one
     bases = [text.split()[0] for text in STAGES]
     assert all(":" in base and "latest" not in base for base in bases), bases
+
+
+def test_everything_that_is_copied_is_there() -> None:
+    stages = {text.split()[2] for text in STAGES}
+    for flags, sources in re.findall(r"^COPY ((?:--\S+ )*)(.*) \S+$", DOCKERFILE, re.MULTILINE):
+        if flags:
+            assert flags.strip().removeprefix("--from=") in stages
+            continue
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+
+
+def test_what_is_compiled_finds_a_compiler_and_nothing_compiled_elsewhere() -> None:
+    assert PROJECT["tool"]["setuptools"]["ext-modules"]
+    for target in ("cpu-wheels", "cuda-wheels"):
+        (installed,) = re.findall(r"apt-get install -y --no-install-recommends (.*?) *(?:\\\n|&&)", stage(target))
+        assert {"gcc", "g++"} & set(installed.split()), target
+    assert "**/*.so" in (ROOT / "k8s/Dockerfile.dockerignore").read_text().splitlines()
 
 
 def test_what_is_installed_is_all_of_it() -> None:
