@@ -37,7 +37,7 @@ from cluster.messages import (
     Request,
     TokenEvent,
 )
-from cluster.observer import FailureCause, Observer, Silence
+from cluster.observer import FailureCause, Observer, Rejection, Silence
 from cluster.placement import Placement
 from cluster.rebalancing import Rebalancing, rebalance
 from cluster.request_check import check_request
@@ -55,7 +55,7 @@ TASKS: dict[Architecture, Task] = {
     "MixtralForTokenClassification": "token_classify",
     "MixtralForQuestionAnswering": "question_answering",
 }
-REFUSALS: dict[type[EngineError], str] = {
+REFUSALS: dict[type[EngineError], Rejection] = {
     QueueFull: "queue_full",
     EngineNotReady: "not_ready",
     EngineDraining: "draining",

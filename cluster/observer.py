@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from cluster.messages import EngineStats, Exchange, StepTimes
 
 FailureCause = Literal["died", "frozen", "step_failed", "deadline"]
+Rejection = Literal["queue_full", "not_ready", "draining", "invalid", "deadline", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class StepRecord:
 class Observer(Protocol):
     def step(self, record: StepRecord) -> None: ...
 
-    def rejected(self, reason: str) -> None:
+    def rejected(self, reason: Rejection) -> None:
         """A request was not taken in, or failed before its first step. From any thread."""
 
     def rank_failed(self, cause: FailureCause) -> None:
@@ -55,7 +56,7 @@ class Silence:
 
     def step(self, record: StepRecord) -> None: ...
 
-    def rejected(self, reason: str) -> None: ...
+    def rejected(self, reason: Rejection) -> None: ...
 
     def rank_failed(self, cause: FailureCause) -> None: ...
 

@@ -17,12 +17,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cluster.messages import Exchange, FinishReason, TokenEvent
-from cluster.observer import FailureCause, StepRecord
+from cluster.observer import FailureCause, Rejection, StepRecord
 from deployments.access_log import CLIENT_LEFT, Record
 from deployments.engine_metrics import EngineFacts, engine_metrics
 
 MOST = 100  # values of a label that comes from outside; what comes later is counted as "other"
 OTHER = "other"
+KEY_LIMIT = "key_limit"  # code of the error that a key with too many requests gets, and its reason among rejections
 
 _STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -65,9 +66,8 @@ class Metrics:
         self._finished = _begin_at_zero(finished, get_args(FinishReason))
         self._answers = self._counter("http_requests", "HTTP requests answered.", "route", "status")
         self._errors = self._counter("http_errors", "Errors told to callers, in streams too.", "code")
-        self._rejections = self._counter(
-            "requests_rejected", "Requests that the engine did not take in, or that failed before a step.", "reason"
-        )
+        rejections = self._counter("requests_rejected", "Requests turned away, or failed before a step.", "reason")
+        self._rejections = _begin_at_zero(rejections, (*get_args(Rejection), KEY_LIMIT))
         self._key_requests = self._counter("key_requests", "Requests by the name of their API key.", "key")
         self._key_tokens = self._counter("key_tokens", "Tokens by the name of their API key.", "key", "kind")
 
@@ -116,8 +116,8 @@ class Metrics:
         if record.slot_rows:
             self._add_rows(record.slot_rows, record.slot_experts)
 
-    def rejected(self, reason: str) -> None:
-        self._rejections.labels(self._few("reason", reason)).inc()
+    def rejected(self, reason: Rejection) -> None:
+        self._rejections[reason].inc()
 
     def rank_failed(self, cause: FailureCause) -> None:
         self._failures[cause].inc()
@@ -150,6 +150,8 @@ class Metrics:
     def answered(self, route: str, status: int, record: Record) -> None:
         """An HTTP request is over. The route is a pattern, not what the caller wrote."""
         self._answers.labels(route, str(status)).inc()
+        if record.error == KEY_LIMIT:  # HTTP's own; the engine tells the others
+            self._rejections[KEY_LIMIT].inc()
         if record.error is not None or (status >= 400 and status != CLIENT_LEFT):
             self._errors.labels(self._few("code", record.error or f"status_{status}")).inc()
         if record.key is not None:

@@ -20,7 +20,7 @@ ENGINE = Dashboard(
                 ),
                 Panel("Tokens per step", "short", "Prompt pieces and decodes together.", quantiles("iteration_tokens")),
                 Panel(
-                    "Not taken in", "reqps", "Requests the engine refused, or that failed before a step, by why.",
+                    "Not taken in", "reqps", "Requests turned away, or failed before a step, by why.",
                     (rate("requests_rejected_total", "reason", "{{reason}}"),),
                 ),
             ),

@@ -12,7 +12,7 @@ import pytest
 from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.errors import EngineDraining, QueueFull, RequestInvalid, StepFailed
 from cluster.messages import EncodeRequest, Grammar
-from cluster.observer import Silence
+from cluster.observer import Rejection, Silence
 from model.errors import ModelError
 from tests.fake_group import FakeGroup
 from tests.unit.engine_rig import alone, collect, request, running_engine, settled, text_of
@@ -259,7 +259,7 @@ class Refusals(Silence):
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
-    def rejected(self, reason: str) -> None:
+    def rejected(self, reason: Rejection) -> None:
         self.reasons.append(reason)
 
 

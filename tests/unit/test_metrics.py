@@ -53,8 +53,10 @@ def read(text: str) -> dict[str, float]:
     return values
 
 
-def seen(metrics: Metrics) -> dict[str, float]:
-    return read(metrics.text().decode())
+def seen(metrics: Metrics, metric: str = "") -> dict[str, float]:
+    """All of it; or what one metric counts, by its labels."""
+    values = read(metrics.text().decode())
+    return {name.removeprefix(metric): value for name, value in values.items() if name.startswith(metric)}
 
 
 def test_the_names_that_users_of_other_servers_know() -> None:
@@ -84,18 +86,18 @@ def test_a_step() -> None:
     values = seen(metrics)
     assert values["mixtral_iteration_tokens_sum"] == 15
     assert values["mixtral_step_duration_seconds_sum"] == 4.5
-    parts = {name: value for name, value in values.items() if name.startswith("mixtral_step_seconds_total") and value}
-    assert parts == {
-        "mixtral_step_seconds_total{part=schedule}": 0.75,
-        "mixtral_step_seconds_total{part=build}": 3.0,
-        "mixtral_step_seconds_total{part=exchange}": 6.0,
-        "mixtral_step_seconds_total{part=postprocess}": 1.5,
-        "mixtral_step_seconds_total{part=publish}": 0.375,
+    spent = {part: seconds for part, seconds in seen(metrics, "mixtral_step_seconds_total").items() if seconds}
+    assert spent == {
+        "{part=schedule}": 0.75,
+        "{part=build}": 3.0,
+        "{part=exchange}": 6.0,
+        "{part=postprocess}": 1.5,
+        "{part=publish}": 0.375,
     }
-    assert values["mixtral_steps_by_exchange_total{exchange=all_reduce}"] == 3
-    assert values["mixtral_steps_by_exchange_total{exchange=all_to_all}"] == 0
-    assert values["mixtral_graph_steps_total{outcome=hit}"] == 1
-    assert values["mixtral_graph_steps_total{outcome=miss}"] == 1, "the step of a rank without graphs is neither"
+    exchanges = {"{exchange=none}": 0, "{exchange=all_to_all}": 0, "{exchange=all_reduce}": 3}
+    assert seen(metrics, "mixtral_steps_by_exchange_total") == exchanges
+    graphs = {"{outcome=hit}": 1, "{outcome=miss}": 1}  # the step of a rank without graphs is neither
+    assert seen(metrics, "mixtral_graph_steps_total") == graphs
 
 
 def test_rows_of_a_slot_are_those_of_the_expert_that_sits_in_it_now() -> None:
@@ -104,14 +106,13 @@ def test_rows_of_a_slot_are_those_of_the_expert_that_sits_in_it_now() -> None:
     moved = StepRecord(1, 0, 1, "none", 0, 0, 0, 0, StepTimes(), STATS, ((1, 1, 1), (0, 0, 0)), ((2, 1, 0), (1, 0, 2)))
     metrics.step(one)
     metrics.step(moved)
-    rows = {name: value for name, value in seen(metrics).items() if name.startswith("mixtral_expert_tokens_total")}
-    assert rows == {
-        "mixtral_expert_tokens_total{expert=0,layer=0}": 8,
-        "mixtral_expert_tokens_total{expert=1,layer=0}": 2,
-        "mixtral_expert_tokens_total{expert=2,layer=0}": 1,
-        "mixtral_expert_tokens_total{expert=0,layer=1}": 0,
-        "mixtral_expert_tokens_total{expert=1,layer=1}": 0,
-        "mixtral_expert_tokens_total{expert=2,layer=1}": 7,
+    assert seen(metrics, "mixtral_expert_tokens_total") == {
+        "{expert=0,layer=0}": 8,
+        "{expert=1,layer=0}": 2,
+        "{expert=2,layer=0}": 1,
+        "{expert=0,layer=1}": 0,
+        "{expert=1,layer=1}": 0,
+        "{expert=2,layer=1}": 7,
     }
 
 
@@ -126,14 +127,23 @@ def test_failures_recoveries_and_proofs() -> None:
     metrics.canary(ok=True)
     clock.now += 7
     metrics.canary(ok=False)
-    metrics.rejected("queue_full")
     values = seen(metrics)
     assert values["mixtral_rank_failures_total{cause=frozen}"] == 1
     assert values["mixtral_recovery_pause_seconds_sum"] == 2.5
     assert (values["mixtral_rebalances_total"], values["mixtral_expert_moves_total"]) == (1, 3)
     assert values["mixtral_canary_age_seconds"] == 7
     assert values["mixtral_canaries_total{outcome=failed}"] == 1
-    assert values["mixtral_requests_rejected_total{reason=queue_full}"] == 1
+
+
+def test_who_is_turned_away_is_counted_by_why() -> None:
+    metrics = Metrics(MODEL, "r")
+    before = seen(metrics, "mixtral_requests_rejected_total")
+    assert set(before.values()) == {0}, "what begins at 1 is not seen to rise"
+    metrics.rejected("queue_full")
+    metrics.answered("/v1/completions", 429, Record(error="queue_full"))  # the same one, as HTTP saw it
+    metrics.answered("/v1/completions", 429, Record(error="key_limit", key="a"))
+    after = seen(metrics, "mixtral_requests_rejected_total")
+    assert after == before | {"{reason=queue_full}": 1, "{reason=key_limit}": 1}
 
 
 def test_a_request_on_its_way() -> None:
@@ -151,8 +161,8 @@ def test_a_request_on_its_way() -> None:
         clock.now = 109
         timer.event(TokenEvent("a", (), choice=1, finish_reason="length"))
     values = seen(metrics)
-    sums = {name: value for name, value in values.items() if name.endswith("_sum") and value}
-    assert sums == {
+    seconds = {name: value for name, value in values.items() if name.endswith("_seconds_sum") and value}
+    assert seconds == {
         "mixtral_time_to_first_token_seconds_sum": 3,
         "mixtral_request_queue_time_seconds_sum": 1,
         "mixtral_request_prefill_time_seconds_sum": 2,

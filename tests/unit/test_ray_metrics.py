@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.access_log import Record
+from deployments.metrics import Metrics
 from deployments.ray_metrics import RayMetrics
+from tests.unit.fake_engine import FakeEngine
 
 Shown = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
@@ -69,6 +73,20 @@ def test_every_sample_keeps_name_labels_and_number(shown: Shown) -> None:
         "mixtral_wait_seconds_sum": {(replica,): 2.25},
         "mixtral_rank_up": {(("rank", "0"),): 1, (("rank", "1"),): 1},
     }
+
+
+def test_ray_shows_whatever_the_replica_shows(shown: Shown) -> None:
+    """Name by name and number by number, so that a metric need only be recorded."""
+    ours = Metrics("m", "r", clock=lambda: 7.0)
+    ours.watch(FakeEngine())
+    ours.canary(ok=True)
+    ours.answered("/v1/completions", 200, Record(key="a", prompt_tokens=3))
+    metrics(ours).copy()
+    samples = [one for family in text_string_to_metric_families(ours.text().decode()) for one in family.samples]
+    expected: Shown = {}
+    for sample in samples:
+        expected.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    assert shown == expected
 
 
 def test_what_is_gone_is_shown_as_none(shown: Shown) -> None:
