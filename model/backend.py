@@ -9,7 +9,7 @@ H, G: this rank's query and key-value heads.  C: head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from model.batch import Batch
 from model.config import MixtralConfig
-from model.exchange import Dispatched, Exchange, OneRank
-from model.graphs import DecodeGraphs
+from model.exchange import Dispatched, Exchange
+from model.graphs import DecodeGraphs, PaddedSteps, Run
 from model.kv_cache import KVCache
 from model.moe import Routing
 from model.weights import ExpertWeights
@@ -41,20 +41,14 @@ class Experts(Protocol):
         """What the exchange's combine() takes."""
 
 
-# Token ids, their attention and the exchange of the step -> final hidden states.
-Run = Callable[[Tensor, StepAttention, Exchange], Tensor]
-
-
 class Backend(Protocol):
     def exchange(self, exchange: Exchange) -> Exchange:
         """The same, or a form of it that suits the device better."""
 
     def attention(self, batch: Batch, kv: KVCache) -> StepAttention: ...
 
-    def decode_graphs(
-        self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: Callable[[int, int], None] | None
-    ) -> DecodeGraphs | None:
-        """Steps of up to so many single tokens, captured; None where devices have no graphs."""
+    def decode_graphs(self, steps: PaddedSteps, run: Run) -> DecodeGraphs:
+        """Of steps of single tokens; none is captured yet. For devices that have graphs."""
 
     def experts(self, experts: Sequence[ExpertWeights]) -> Experts: ...
 

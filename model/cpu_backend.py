@@ -12,10 +12,11 @@ from torch import Tensor
 
 from model.attention import paged_attention
 from model.attention_plan import Planner
-from model.backend import Experts, Run
+from model.backend import Experts
 from model.batch import Batch
 from model.config import MixtralConfig
-from model.exchange import Dispatched, Exchange, OneRank
+from model.exchange import Dispatched, Exchange
+from model.graphs import DecodeGraphs, PaddedSteps, Run
 from model.kv_cache import KVCache
 from model.layers import rms_norm
 from model.moe import Routing, route, run_experts
@@ -39,8 +40,8 @@ class CpuBackend:
         planner = Planner(kv.page_size, kv.bytes_per_key, self._config.sliding_window, self._dtype, self._device)
         return CpuAttention(planner, batch, kv, angles)
 
-    def decode_graphs(self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: object) -> None:
-        return None
+    def decode_graphs(self, steps: PaddedSteps, run: Run) -> DecodeGraphs:
+        raise AssertionError("a CPU has no graphs")
 
     def experts(self, experts: Sequence[ExpertWeights]) -> Experts:
         gate_up = [expert.gate_up for expert in experts if isinstance(expert.gate_up, NativeLinear)]

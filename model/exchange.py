@@ -68,16 +68,19 @@ class SlotLoad:
         self._rows[layer] = [before + more for before, more in zip(self._rows[layer], rows, strict=True)]
 
     def on_device(self, device: torch.device) -> Tensor:
-        """Where kernels add their counts: int64, (layers, slots). take() alone waits for them."""
+        """Where kernels add their counts: int64, (layers, slots + 1). take() alone waits for them.
+
+        The last column is for rows that are not this rank's: nobody wants to know it.
+        """
         if self._device_rows is None:
-            self._device_rows = torch.zeros(len(self._rows), self._num_slots, dtype=torch.int64, device=device)
+            self._device_rows = torch.zeros(len(self._rows), self._num_slots + 1, dtype=torch.int64, device=device)
         return self._device_rows
 
     @torch.inference_mode()
     def take(self) -> tuple[tuple[int, ...], ...]:
         """All there were since the last time."""
         if self._device_rows is not None:
-            for layer, rows in enumerate(self._device_rows.tolist()):
+            for layer, rows in enumerate(self._device_rows[:, :-1].tolist()):
                 self.add(layer, rows)
             self._device_rows.zero_()
         rows, self._rows = self._rows, [[0] * self._num_slots for _ in self._rows]

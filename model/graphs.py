@@ -1,36 +1,58 @@
 """Decode steps captured once and replayed: launching a layer's dozen kernels one by one takes longer than they do.
 
-    a batch of 5    rows 0 1 2 3 4 | x x x    the smallest graph that holds it, of 8 rows
-                                     padding: texts of one token in the scratch page, that no expert computes and whose
-                                     results nobody reads
+    a step of 5    rows 0 1 2 3 4 | x x x    a graph of 8 rows
+                                    padding: texts of one token in the scratch page, that no expert computes and whose
+                                    results nobody reads
 
 A graph reads its step from buffers that stay where they are, and writes hidden states where the next replay will write
-its own. Graphs share one pool of memory, the largest captured first, so that all fit into what that one needs.
+its own. Graphs share one pool of memory: captured the largest first, all fit into what that one needs. Collectives are
+captured as well, if the exchange asks the host for nothing: so all ranks capture the same sizes in the same order, and
+replay the same one in a step. Which one is said by whoever plans it; here nothing is chosen.
 
-R: rows of a graph.  D: model width.
+Who forgets an object of this kind has dropped its graphs.
+
+R: rows of a graph.  G: data groups.  D: model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from model.batch import Batch
 from model.device_attention import DevicePlan, int32, page_table
+from model.exchange import Exchange
 from model.kv_cache import KVCache
+from model.to_device import to_device
 
-Progress = Callable[[int, int], None]
+if TYPE_CHECKING:
+    from model.backend import StepAttention
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedSteps:
+    """What the graphs of a model have in common."""
+
+    kv: KVCache
+    max_rows: int  # of each data group
+    # The exchange of a step padded to so many rows in each group; how many each really has lies on the device, (G,).
+    exchange: Callable[[int, Tensor], Exchange]
+    groups: int = 1
+
+
+# Token ids, their attention and the exchange of the step -> final hidden states.
+Run = Callable[[Tensor, "StepAttention", Exchange], Tensor]
 
 
 class Capture(Protocol):
     """How a computation becomes something that can be replayed."""
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What replays it, and where its result is then found."""
+        """What replays it, and where its result is then found. Has it computed once before."""
 
 
 class CudaCapture:
@@ -40,7 +62,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        compute()  # compiles kernels and sets up libraries, which must not happen while capturing
+        compute()  # compiles kernels, connects ranks and sets up libraries, which must not happen while capturing
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads of this process may use the device meanwhile.
@@ -50,44 +72,47 @@ class CudaCapture:
 
 
 class DecodeBuffers:
-    """What graphs read, for as many rows as the largest has. Only fill() writes it."""
+    """What graphs read, for as many rows as the largest has. Only fill() and clear() write it."""
 
-    def __init__(self, kv: KVCache, rows: int, max_tokens: int, device: torch.device) -> None:
-        """For texts of up to `max_tokens` and as many pages as there are; shared ones are listed for each text.
-
-        A text with a sliding window lists pages it has given back as well, and may come to more.
-        """
-        max_pages = rows * min(kv.num_pages, -(-max_tokens // kv.page_size)) + 1
-        self._scratch_page, self._scratch_slot = kv.num_pages, kv.scratch_slot
+    def __init__(self, steps: PaddedSteps, max_tokens: int, device: torch.device) -> None:
+        """For texts of up to `max_tokens`. With a sliding window a text lists pages it has given back as well."""
+        rows, kv = steps.max_rows, steps.kv
+        max_pages = rows * -(-max_tokens // kv.page_size) + 1
+        self._scratch_page, self._scratch_slot, self._device = kv.num_pages, kv.scratch_slot, device
         self._step_3R = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self.token_ids, self.position, self.slot = self._step_3R
-        self._table = torch.zeros(1 + 2 * rows + max_pages, dtype=torch.int32, device=device)
-        self.count, self._first_page, self._context, self._pages = torch.split(self._table, [1, rows, rows, max_pages])
-        # Padding alone, until it is filled.
-        self.slot.fill_(self._scratch_slot)
-        self._context.fill_(1)
-        self._pages.fill_(self._scratch_page)
+        sizes = [steps.groups, rows, rows, max_pages]
+        self._table = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.tokens, self._first_page, self._context, self._pages = torch.split(self._table, sizes)
+        self.clear()
 
-    def fill(self, batch: Batch, size: int) -> bool:
-        """The batch, and padding up to `size` rows; False where its page table is too long for this."""
-        count, rows = len(batch.spans), len(self.slot)
+    def clear(self) -> None:
+        """Padding alone."""
+        self.tokens.zero_()
+        self._first_page.zero_()
+        self._context.fill_(1)
+        self._pages[0] = self._scratch_page
+        self._step_3R[:2] = 0
+        self.slot.fill_(self._scratch_slot)
+
+    def fill(self, batch: Batch, size: int, group_tokens: Sequence[int]) -> None:
+        """The batch of this rank's group, and padding up to `size` rows."""
+        count = len(batch.spans)
+        padding = len(self.slot) - count
         pages, first_page, context = page_table(batch.spans)
-        padding = rows - count
         table = (
-            int32([count]),
+            int32(group_tokens),
             first_page, int32([len(pages)] * padding),
             context, int32([1] * padding),
             pages, int32([self._scratch_page]),
         )  # fmt: skip
         used = torch.cat(table)
-        if len(used) > len(self._table):
-            return False
-        self._table[: len(used)].copy_(used)
+        assert len(used) <= len(self._table), "a text longer than the model takes"
+        self._table[: len(used)].copy_(to_device(used, self._device))
         for row, values in zip(self._step_3R, (batch.token_ids_T, batch.position_T, batch.slot_T), strict=True):
             row[:count] = values
         self._step_3R[:2, count:size] = 0
         self.slot[count:size] = self._scratch_slot
-        return True
 
     def plan(self, size: int, splits: int) -> DevicePlan:
         """Of the first `size` rows, whatever is filled in later."""
@@ -97,33 +122,40 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """`compute` gives the hidden states of the first so many rows of the buffers."""
+    """`prepare` gives attention and exchange of the first so many rows of the buffers; `run` the hidden states."""
 
     def __init__(
         self,
         buffers: DecodeBuffers,
-        sizes: Sequence[int],
-        compute: Callable[[int], Tensor],
+        prepare: Callable[[int], tuple[StepAttention, Exchange]],
+        run: Run,
         capture: Capture,
-        progress: Progress | None = None,
     ) -> None:
-        """`progress` hears how many sizes are captured, and of how many."""
         self._buffers = buffers
+        self._prepare = prepare
+        self._run = run
+        self._capture = capture
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
-        for done, size in enumerate(sorted(sizes, reverse=True), 1):
-            self._graphs[size] = capture(partial(compute, size))
-            if progress is not None:
-                progress(done, len(sizes))
 
-    def replay(self, batch: Batch) -> Tensor | None:
-        """The hidden states of batch.logits_rows; None where no graph fits."""
-        rows = len(batch.spans)
-        if not rows or any(span.length != 1 for span in batch.spans) or rows > max(self._graphs):
-            return None
-        size = min(size for size in self._graphs if size >= rows)
-        if not self._buffers.fill(batch, size):
-            return None
-        replay, hidden_RD = self._graphs[size]
+    @torch.inference_mode()
+    def capture(self, rows: int) -> None:
+        """The graph of so many rows; with several ranks a collective of all."""
+
+        def compute() -> Tensor:
+            return self._run(self._buffers.token_ids[:rows], *self._prepare(rows))
+
+        self._buffers.clear()  # for it is computed once, and nobody's keys must be written
+        self._graphs[rows] = self._capture(compute)
+
+    @torch.inference_mode()
+    def replay(self, batch: Batch, rows: int, group_tokens: Sequence[int]) -> Tensor:
+        """The final hidden states of batch.logits_rows, (R, D), of one token of each text, by the graph of `rows`.
+
+        `group_tokens`: of every data group, this one's own the rows of the batch.
+        """
+        assert all(span.length == 1 for span in batch.spans)
+        self._buffers.fill(batch, rows, group_tokens)
+        replay, hidden_RD = self._graphs[rows]
         replay()
         return hidden_RD.index_select(0, batch.logits_rows)
 

@@ -11,7 +11,6 @@ V: vocabulary.  H: heads of query, key and value together.  C: head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
 from model.exchange import Exchange, OneRank
-from model.graphs import DecodeGraphs
+from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.moe import Routing
 from model.stages import Stages
@@ -54,9 +53,6 @@ class Mixtral:
             Block(config, layer, block, next_norm_D, self._backend, self._stages)
             for layer, (block, next_norm_D) in enumerate(zip(weights.blocks, next_norms, strict=True))
         ]
-        self._graphs: DecodeGraphs | None = None
-        self._captured: tuple[KVCache, Exchange] | None = None
-        self.replayed: bool | None = None  # whether the last forward() was a graph; None: nothing is captured
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, exchange: Exchange, routings: list[Routing] | None = None) -> Tensor:
@@ -67,12 +63,6 @@ class Mixtral:
         """
         alone = isinstance(exchange, OneRank)
         self._stages.start("attention")
-        self.replayed = None if self._graphs is None else False
-        if routings is None and self._graphs is not None and (kv, exchange) == self._captured:
-            hidden_RD = self._graphs.replay(batch)
-            if hidden_RD is not None:
-                self.replayed = True
-                return hidden_RD
         attention = self._backend.attention(batch, kv)
         # No later token attends to what the last block gives: alone, it need not go on with rows nobody asked for.
         wanted = batch.logits_rows if alone else None
@@ -100,19 +90,14 @@ class Mixtral:
             x_SD, normed_TD = block(x_SD, normed_TD, step)
         return last(x_SD, normed_TD, step, wanted)[1]
 
-    @torch.inference_mode()
-    def capture_decode(
-        self, kv: KVCache, exchange: OneRank, max_rows: int, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """From now on steps of up to so many single tokens, over this memory and exchange, are replayed graphs.
+    def decode_graphs(self, steps: PaddedSteps) -> DecodeGraphs:
+        """For steps of one token of each text, on a GPU: what is captured of them is replayed instead of forward()."""
+        return self._backend.decode_graphs(steps, self._run)
 
-        On devices without graphs nothing changes. drop_graphs() goes back; capturing again begins anew.
-        """
-        self._graphs = self._backend.decode_graphs(kv, exchange, max_rows, self._run, progress)
-        self._captured = kv, exchange
+    replayed: bool | None = None
 
-    def drop_graphs(self) -> None:
-        self._graphs = None
+    def capture_decode(self, kv: KVCache, exchange: OneRank, max_rows: int) -> None:
+        """Until steps say which graph they are."""
 
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ D: model width.  F: ffn width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.backend import Run
 from model.batch import Batch
 from model.config import MixtralConfig
 from model.device_attention import DeviceAttention, DevicePlan, DevicePlanner, KernelReader, PageReader
@@ -24,7 +22,7 @@ from model.device_exchange import Listed, OneDevice
 from model.exchange import Dispatched, Exchange, OneRank
 from model.expert_stack import stack_linears
 from model.flash_pages import FlashReader, reads_pages
-from model.graphs import Capture, CudaCapture, DecodeBuffers, DecodeGraphs, graph_sizes
+from model.graphs import Capture, CudaCapture, DecodeBuffers, DecodeGraphs, PaddedSteps, Run
 from model.kv_cache import KVCache
 from model.moe import Routing
 from model.rotary import Rotary
@@ -81,23 +79,19 @@ class TritonBackend:
             reader = KernelReader(plan, kv.page_size, window, self._varlen_attention)
         return DeviceAttention(plan.num_decodes, reader, kv, angles, slot_T)
 
-    def decode_graphs(
-        self, kv: KVCache, exchange: OneRank, max_rows: int, run: Run, progress: Callable[[int, int], None] | None
-    ) -> DecodeGraphs:
+    def decode_graphs(self, steps: PaddedSteps, run: Run) -> DecodeGraphs:
         from model.kernels.paged_decode import splits_for
-        from model.kernels.routing import sort_pairs
 
-        kv_heads = kv.layer(0)[0].shape[1]
-        max_tokens = self._config.max_position_embeddings
-        buffers = DecodeBuffers(kv, max_rows, max_tokens, self._device)
-        one_device = OneDevice(exchange, partial(sort_pairs, tokens=buffers.count))
+        kv = steps.kv
+        kv_heads, max_tokens = kv.layer(0)[0].shape[1], self._config.max_position_embeddings
+        buffers = DecodeBuffers(steps, max_tokens, self._device)
 
-        def compute(rows: int) -> Tensor:
+        def prepare(rows: int) -> tuple[DeviceAttention, Exchange]:
             plan = buffers.plan(rows, splits_for(rows, kv_heads, self._processors))
             attention = self.planned_attention(plan, kv, buffers.position[:rows], buffers.slot[:rows], max_tokens)
-            return run(buffers.token_ids[:rows], attention, one_device)
+            return attention, steps.exchange(rows, buffers.tokens)
 
-        return DecodeGraphs(buffers, graph_sizes(max_rows), compute, self._make_capture(), progress)
+        return DecodeGraphs(buffers, prepare, run, self._make_capture())
 
     def experts(self, experts: Sequence[ExpertWeights]) -> DeviceExperts:
         gate_up = stack_linears([expert.gate_up for expert in experts])
@@ -142,7 +136,7 @@ class DeviceExperts:
         from model.kernels.grouped_experts import grouped_experts
 
         pairs = listed.weight_SK.numel()
-        if self._has_grouped_mm and pairs >= GROUPED_MM_ROWS * (len(listed.first_L) - 1):
+        if self._has_grouped_mm and listed.whole and pairs >= GROUPED_MM_ROWS * (len(listed.first_L) - 1):
             return grouped_products(listed, self._gate_up.packed_EOP, self._down.packed_EOP)
         return grouped_experts(listed.x_ND, listed.order_N, listed.first_L, listed.weight_SK, self._gate_up, self._down)
 

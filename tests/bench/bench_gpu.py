@@ -92,7 +92,7 @@ class Bench:
         batches = {size: ours.decode_batch(size, self.context) for size in self.batches}
         plain = {size: timed(partial(ours.step, batch), self.device, self.turns) for size, batch in batches.items()}
         touched = {size: ours.experts_touched(batch) for size, batch in batches.items()}
-        ours.capture()
+        ours.capture(self.batches)
         for size, batch in batches.items():
             seconds = timed(partial(ours.step, batch), self.device, 2 * self.turns)
             floor = geometry.decode_floor(self.machine, size, self.context, touched[size])

@@ -5,7 +5,7 @@ B: texts.  L: tokens of a prompt.  C: head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from model.batch import Batch, SequenceSpan
 from model.config import MixtralConfig
+from model.device_exchange import padded_alone
 from model.exchange import OneRank
+from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import Routing
@@ -132,13 +134,23 @@ class Ours:
                 memory.normal_()
         self._exchange = OneRank(config.num_local_experts)
         self._max_batch = max_batch
+        self._graphs: DecodeGraphs | None = None
 
-    def capture(self) -> None:
-        self.model.capture_decode(self._kv, self._exchange, self._max_batch)
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Decode steps of these sizes are replayed from now on, where the device has graphs."""
+        if self._device.type == "cuda":
+            steps = PaddedSteps(self._kv, self._max_batch, padded_alone(self._exchange))
+            self._graphs = self.model.decode_graphs(steps)
+            for size in sorted(sizes, reverse=True):
+                self._graphs.capture(size)
 
     def step(self, batch: Batch) -> list[int]:
         """As a server does it: the next token of each text, known to the host."""
-        hidden_RD = self.model.forward(batch, self._kv, self._exchange)
+        size = len(batch.spans)
+        if self._graphs is not None and len(batch.token_ids_T) == size:
+            hidden_RD = self._graphs.replay(batch, size, [size])
+        else:
+            hidden_RD = self.model.forward(batch, self._kv, self._exchange)
         ids: list[int] = self.model.logits(hidden_RD).argmax(-1).tolist()
         return ids
 

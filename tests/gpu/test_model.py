@@ -11,7 +11,9 @@ import transformers
 
 from model.checkpoint import load_weights
 from model.config import MixtralConfig, load_config
+from model.device_exchange import padded_alone
 from model.exchange import OneRank
+from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.quantization import Mode
@@ -35,10 +37,22 @@ SIZES = {
 CONFIG = MixtralConfig.from_dict({"model_type": "mixtral"} | SIZES, "config.json")
 BFLOAT16 = torch.bfloat16
 PAGES = 512
+SIZES_OF_GRAPHS = (24, 16, 8, 4, 1)  # in the order they are captured in
 
 
 def memory(device: torch.device, config: MixtralConfig = CONFIG) -> KVCache:
     return KVCache(config, Shard(), num_pages=PAGES, page_size=PAGE, dtype=BFLOAT16, device=device)
+
+
+def captured(model: Mixtral, kv: KVCache) -> DecodeGraphs:
+    graphs = model.decode_graphs(PaddedSteps(kv, max(SIZES_OF_GRAPHS), padded_alone(OneRank(8))))
+    for rows in SIZES_OF_GRAPHS:
+        graphs.capture(rows)
+    return graphs
+
+
+def fitting(rows: int) -> int:
+    return min(size for size in SIZES_OF_GRAPHS if size >= rows)
 
 
 def texts(rng: random.Random, count: int, longest: int) -> list[list[int]]:
@@ -78,19 +92,43 @@ def test_errors_are_those_of_bfloat16_alone(device: torch.device, tmp_path: Path
 def test_a_replayed_graph_is_the_computed_step(device: torch.device, mode: Mode | None, rows: int) -> None:
     model = Mixtral(CONFIG, RandomModel(CONFIG, device, BFLOAT16, mode=mode).weights())
     kv, other, exchange = memory(device), memory(device), OneRank(8)
-    model.capture_decode(kv, exchange, 16)
+    graphs = captured(model, kv)
     sequences = PagedTexts(texts(random.Random(rows), rows, 60), PAGES, random.Random(0), device)
-    prompts = [len(text) - 2 for text in sequences.texts]
-    for lengths in (prompts, [1] * rows, [1] * rows):
-        batch = sequences.step(lengths)
-        found, expected = model.forward(batch, kv, exchange), model.forward(batch, other, exchange)
+    prompts = sequences.step([len(text) - 2 for text in sequences.texts])
+    for each in (kv, other):
+        model.forward(prompts, each, exchange)
+    for _ in range(2):
+        batch = sequences.step([1] * rows)
+        found, expected = graphs.replay(batch, fitting(rows), [rows]), model.forward(batch, other, exchange)
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_memory_after_capturing_anew_is_memory_before(device: torch.device) -> None:
+    model = Mixtral(CONFIG, RandomModel(CONFIG, device, BFLOAT16).weights())
+    kv = memory(device)
+
+    def held() -> int:
+        graphs = captured(model, kv)
+        graphs.replay(PagedTexts([[1]], PAGES, random.Random(0), device).step([1]), 1, [1])
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_reserved(device)
+
+    def dropped() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(device)
+
+    held()
+    before = dropped()
+    with_graphs = held()
+    for _ in range(3):
+        assert dropped() == before
+        assert held() == with_graphs
 
 
 def test_memory_after_a_thousand_requests_is_memory_after_ten(device: torch.device) -> None:
     model = Mixtral(CONFIG, RandomModel(CONFIG, device, BFLOAT16).weights())
     kv, exchange = memory(device), OneRank(8)
-    model.capture_decode(kv, exchange, 8)
+    graphs = captured(model, kv)
 
     def serve(requests: int) -> int:
         for number in range(requests):
@@ -99,7 +137,12 @@ def test_memory_after_a_thousand_requests_is_memory_after_ten(device: torch.devi
             while any(left := [len(t) - d for t, d in zip(sequences.texts, sequences.done, strict=True)]):
                 lengths = [max(n - 3, 1) if n > 1 else n for n in left]
                 if any(lengths):
-                    model.logits(model.forward(sequences.step(lengths), kv, exchange)).argmax(-1).tolist()
+                    batch, rows = sequences.step(lengths), len([n for n in lengths if n])
+                    if len(batch.token_ids_T) == rows:
+                        hidden_RD = graphs.replay(batch, fitting(rows), [rows])
+                    else:
+                        hidden_RD = model.forward(batch, kv, exchange)
+                    model.logits(hidden_RD).argmax(-1).tolist()
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
 
