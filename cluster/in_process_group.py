@@ -1,6 +1,6 @@
 """The one rank of a group in this process: tests and offline use, no ray needed.
 
-It computes on a thread of its own, so that the engine plans while it does.
+It takes steps as an actor does (step_line.py), so that the engine plans while it computes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cluster.memory import page_budget
 from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
 from cluster.placement import Placement
 from cluster.step_clock import StepClock
+from cluster.step_line import CALLERS, StepLine
 from cluster.worker import Worker
 from cluster.worker_group import PendingStep
 from model.comm import alone
@@ -28,25 +29,25 @@ class InProcessGroup:
         self._tokens_per_sequence = tokens_per_sequence
         self._worker = Worker(0, config, placement)
         self._clock = StepClock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rank-0")
+        self._line = StepLine(self._worker)
+        self._callers = ThreadPoolExecutor(CALLERS, thread_name_prefix="rank-0")
         self._status = RankStatus(0, os.getpid(), socket.gethostname(), config.device, "loading", None)
         self._num_pages = 0
         self.epoch = 0
 
     def start(self) -> int:
         self._num_pages = page_budget(self._config, [self._worker.load()], self._tokens_per_sequence)
-        # On the thread that will step: torch's number of threads is each thread's own to set.
-        self._thread.submit(self._worker.join, alone(), self._num_pages).result()
+        self._form()
         self._status = replace(self._status, state="ready")
         return self._num_pages
 
     def recover(self, *, anew: bool = False) -> frozenset[int]:
         self.epoch += 1
-        self._thread.submit(self._worker.join, alone(), self._num_pages).result()
+        self._form()
         return frozenset()  # it is the same process with the same pages
 
     def step(self, plan: StepPlan) -> PendingStep:
-        return self._thread.submit(self._step, plan)
+        return self._callers.submit(self._step, plan, self.epoch)
 
     def fetch(self, placement: Placement) -> None:
         self._worker.fetch(placement)
@@ -64,12 +65,17 @@ class InProcessGroup:
         return ()
 
     def stop(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._line.close()
+        self._callers.shutdown(cancel_futures=True)
+        self._line.stop()
         self._status = replace(self._status, state="dead")
 
-    def _step(self, plan: StepPlan) -> StepResult:
+    def _form(self) -> None:
+        self._line.form(lambda leave: self._worker.join(alone(), self._num_pages), self.epoch)
+
+    def _step(self, plan: StepPlan, epoch: int) -> StepResult:
         try:
-            result = self._worker.step(plan)
+            result = self._line.step(plan, epoch)
         except StepFailed:
             raise
         except Exception as error:  # as from another process: the engine goes on, whoever is to blame does not

@@ -1,7 +1,7 @@
 """What runs in each rank's process: a worker, and beside it threads of control that never wait for the worker.
 
-Plain Python: cluster/ray_rank.py makes a Ray actor of it. `load`, `open_store`, `join` and `step` run one at a time;
-everything below them is called beside them, from threads of its own.
+Plain Python: cluster/ray_rank.py makes a Ray actor of it. `load`, `open_store` and `join` run one at a time, `step` is
+called by two threads (step_line.py); everything below them is called beside them, from threads of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from cluster.config import EngineConfig
 from cluster.crash_bundle import MAX_STACKS, RankReport
-from cluster.errors import StepFailed
 from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
 from cluster.process_group import Membership, Rendezvous, Store, Transport, join, open_store
+from cluster.step_line import StepLine
 from cluster.worker import Worker
 from model.comm import alone
 
@@ -30,16 +30,14 @@ class RankActor:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._busy = threading.Lock()  # held by whatever other ranks may keep from ending
-        self._aborted = False
         self._store: Store | None = None
         self._membership: Membership | None = None
-        self._leave = threading.Event()  # while the groups of an epoch form
         self._read = (0, 1)
 
     def load(self, rank: int, placement: Placement) -> WorkerFacts:
         self._rank = rank
         self._worker = Worker(rank, self._config, placement)
+        self._line = StepLine(self._worker)
         return self._worker.load(self._count)
 
     def open_store(self, own_address: str, size: int, epoch: int, transport: Transport) -> Rendezvous:
@@ -49,21 +47,19 @@ class RankActor:
         self._store = open_store(rendezvous)
         return rendezvous.at(self._store.port)
 
-    def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int) -> None:
-        """Take a place in the group; None: there is nobody else."""
-        with self._busy:
-            self._membership = None
-            self._leave = threading.Event()
-            if rendezvous is not None:
-                self._membership = join(rendezvous, self._rank, own_address, self._store, self._leave)
-            self._worker.join(alone() if self._membership is None else self._membership.groups, num_pages)
-            self._aborted = False
+    def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int, epoch: int) -> None:
+        """Take a place in the group that steps of this epoch are for. No rendezvous: there is nobody else."""
 
-    def step(self, plan: StepPlan) -> StepResult:
-        with self._busy:
-            if self._aborted:  # handed out before the failure, and still in the queue
-                raise StepFailed("the group was aborted")
-            return self._worker.step(plan)
+        def enter(leave: threading.Event) -> None:
+            self._membership = None
+            if rendezvous is not None:
+                self._membership = join(rendezvous, self._rank, own_address, self._store, leave)
+            self._worker.join(alone() if self._membership is None else self._membership.groups, num_pages)
+
+        self._line.form(enter, epoch)
+
+    def step(self, plan: StepPlan, epoch: int) -> StepResult:
+        return self._line.step(plan, epoch)
 
     def beat(self) -> None:
         """Who answers is not frozen."""
@@ -75,12 +71,10 @@ class RankActor:
 
     def abort(self) -> None:
         """Call the worker out of its collectives, which nothing else can; returns when it has come."""
-        self._aborted = True
-        self._leave.set()
+        self._line.close()
         if self._membership is not None:
             self._membership.abort()
-        with self._busy:
-            pass
+        self._line.wait_until_empty()
 
     def report(self) -> RankReport:
         """What can be said of this process, whatever its worker does or waits for."""

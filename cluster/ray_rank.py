@@ -1,7 +1,8 @@
 """One rank as a Ray actor, seen by the process that owns it: made, asked, watched, ended.
 
-Beside the thread that works an actor has threads that never wait for it:
+Beside the thread that loads and joins groups an actor has others:
 
+    step       2   one step is computed, the next prepared (step_line.py)
     heartbeat  1   "are you there?", and nothing else, so that nothing can be in its way
     control    4   watch (never returns), progress, abort, report
     beside     4   grammars compiled, experts fetched
@@ -20,11 +21,12 @@ from typing import Any, Literal
 from cluster.config import EngineConfig
 from cluster.errors import StepFailed
 from cluster.heartbeat import Pulse
-from cluster.messages import RankStatus, WorkerFacts
+from cluster.messages import RankStatus, StepPlan, WorkerFacts
 from cluster.placement import Placement
 from cluster.rank_actor import RankActor
+from cluster.step_line import CALLERS
 
-CONCURRENCY = {"heartbeat": 1, "control": 4, "beside": 4}
+CONCURRENCY = {"step": CALLERS, "heartbeat": 1, "control": 4, "beside": 4}
 
 State = Literal["loading", "ready", "frozen", "dead"]
 
@@ -68,6 +70,7 @@ class Rank:
     def __init__(self, number: int, actor: Any, placement: Placement) -> None:
         self.number = number
         self.actor = actor
+        self._step = actor.step.options(concurrency_group="step")
         self.state: State = "loading"
         self.epoch = -1  # of the group it is in; none yet
         self.watch = self.ask("control", "watch")  # fails within milliseconds of the actor's death
@@ -86,8 +89,11 @@ class Rank:
     def lost(self) -> bool:
         return self.state in ("frozen", "dead")
 
+    def step(self, plan: StepPlan, epoch: int) -> Any:
+        return self._step.remote(plan, epoch)
+
     def ask(self, group: str, method: str, *arguments: Any) -> Any:
-        """A call to a thread beside the one that works."""
+        """A call to a thread of one of the groups above."""
         return getattr(self.actor, method).options(concurrency_group=group).remote(*arguments)
 
     def located(self, place: Place) -> None:

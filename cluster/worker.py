@@ -89,6 +89,7 @@ class Worker:
 
     def join(self, groups: Groups, num_pages: int) -> None:
         """Take a place among the ranks and get ready for the first step. Pages keep what they held."""
+        torch.set_num_threads(self._config.parallel.threads_per_rank)  # each thread's own, and this one will compute
         self._groups = groups
         if self._kv is None or self._kv.num_pages != num_pages:
             self._kv = None  # its memory is free before the new one's is taken

@@ -146,7 +146,7 @@ class RayGroup:
 
     def step(self, plan: StepPlan) -> PendingStep:
         ranks = list(self._ranks.values())
-        step = RayStep(ranks, [rank.actor.step.remote(plan) for rank in ranks], self._clock, self._placement)
+        step = RayStep(ranks, [rank.step(plan, self.epoch) for rank in ranks], self._clock, self._placement)
         self._handed_out.append(step)
         return step
 
@@ -237,10 +237,8 @@ class RayGroup:
         if len(ranks) > 1:
             opened = ranks[0].actor.open_store.remote(addresses[0], len(ranks), self.epoch, transport)
             (rendezvous,) = results([opened], FORM_TIMEOUT_S)
-        joins = [
-            rank.actor.join.remote(rendezvous, at, self._num_pages) for rank, at in zip(ranks, addresses, strict=True)
-        ]
-        results(joins, FORM_TIMEOUT_S)
+        own = zip(ranks, addresses, strict=True)
+        results([r.actor.join.remote(rendezvous, at, self._num_pages, self.epoch) for r, at in own], FORM_TIMEOUT_S)
         for rank in ranks:
             rank.joined(self.epoch)
         self._standbys.fill({rank.place.node for rank in ranks if rank.place is not None})

@@ -22,8 +22,9 @@ import transformers
 from cluster.config import EngineConfig, KVConfig, ParallelConfig
 from cluster.engine import Engine
 from cluster.launch import launch_in_process
-from cluster.messages import Request, SamplingParams, StepPlan, StepResult
-from cluster.worker import Worker
+from cluster.messages import Request, SamplingParams
+from cluster.step_output import StepOutput
+from cluster.worker import Prepared, Worker
 from tests.bench.step_time import MID, SMALL
 from tests.tiny import write_checkpoint
 
@@ -55,16 +56,16 @@ class Busy:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        step = Worker.step
+        compute = Worker.compute
 
-        def timed(worker: Worker, plan: StepPlan) -> StepResult:
+        def timed(worker: Worker, prepared: Prepared) -> StepOutput:
             began = perf_counter()
             try:
-                return step(worker, plan)
+                return compute(worker, prepared)
             finally:
                 self.seconds += perf_counter() - began
 
-        Worker.step = timed  # type: ignore[method-assign]
+        Worker.compute = timed  # type: ignore[method-assign]
 
 
 async def ours(directory: Path, new: int) -> dict[int, float]:

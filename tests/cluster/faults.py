@@ -11,25 +11,25 @@ from typing import Any
 
 def fail_next_step(actor: Any, make_error: Callable[[], BaseException]) -> None:
     """The rank raises where the others expect it to compute."""
-    step = actor._worker.step
+    compute = actor._worker.compute
 
-    def fail_once(plan: Any) -> Any:
-        actor._worker.step = step
+    def fail_once(prepared: Any) -> Any:
+        actor._worker.compute = compute
         raise make_error()
 
-    actor._worker.step = fail_once
+    actor._worker.compute = fail_once
 
 
 def fail_for_token(actor: Any, token_id: int) -> None:
     """From now on, every step that computes this token."""
-    step = actor._worker.step
+    compute = actor._worker.compute
 
-    def fail_sometimes(plan: Any) -> Any:
-        if any(token_id in chunk.token_ids for chunk in plan.chunks):
+    def fail_sometimes(prepared: Any) -> Any:
+        if any(token_id in chunk.token_ids for chunk in prepared.plan.chunks):
             raise RuntimeError("this token cannot be computed")
-        return step(plan)
+        return compute(prepared)
 
-    actor._worker.step = fail_sometimes
+    actor._worker.compute = fail_sometimes
 
 
 def break_connection(actor: Any) -> None:
@@ -41,14 +41,14 @@ def hold_interpreter(actor: Any, seconds: float) -> None:
     """The next step keeps the interpreter to itself for so long: not even the heartbeat is answered."""
     import ctypes
 
-    step = actor._worker.step
+    compute = actor._worker.compute
 
-    def hold_once(plan: Any) -> Any:
-        actor._worker.step = step
+    def hold_once(prepared: Any) -> Any:
+        actor._worker.compute = compute
         ctypes.PyDLL(None).usleep(int(seconds * 1e6) // 2)  # PyDLL: the interpreter is not given away
-        return step(plan)
+        return compute(prepared)
 
-    actor._worker.step = hold_once
+    actor._worker.compute = hold_once
 
 
 def compute_for(actor: Any, seconds: float) -> None:
@@ -57,16 +57,16 @@ def compute_for(actor: Any, seconds: float) -> None:
 
     import torch
 
-    step = actor._worker.step
+    compute = actor._worker.compute
 
-    def compute_once(plan: Any) -> Any:
-        actor._worker.step = step
+    def compute_once(prepared: Any) -> Any:
+        actor._worker.compute = compute
         until, x = monotonic() + seconds, torch.ones(1500, 1500)
         while monotonic() < until:
             x @ x
-        return step(plan)
+        return compute(prepared)
 
-    actor._worker.step = compute_once
+    actor._worker.compute = compute_once
 
 
 def slow_fetch(actor: Any, seconds: float) -> None:
