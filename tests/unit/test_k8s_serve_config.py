@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cluster.layouts import Layout
+from deployments import plan
 from deployments.autoscaling import Policy
+from deployments.cli import main
 from deployments.layout import Machine
 from deployments.resolve import Resolved, resolve
 from deployments.settings import load
-from tests.tiny import CONFIG
 from tests.unit.test_k8s_manifests import cluster, ranks, ray
 
 ROOT = Path(__file__).parents[2]
-MIXTRAL_8X7B = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "max_position_embeddings": 32768,
-    "torch_dtype": "bfloat16",
-}
 REAL = {
     "model": "/models/Mixtral-8x7B-Instruct-v0.1",
     "served_model_name": "mixtral-8x7b-instruct",
@@ -84,7 +76,8 @@ def resolved(overlay: str, tmp_path: Path) -> Resolved:
     """As build() makes it on the head, with the shape of the real model."""
     args = dict(application(serve_yaml(overlay))["args"])
     if args["model"] != "demo":
-        (tmp_path / "config.json").write_text(json.dumps(CONFIG | MIXTRAL_8X7B))
+        geometry = {"architectures": ["MixtralForCausalLM"], "torch_dtype": "bfloat16"} | plan.GEOMETRIES["8x7b"]
+        (tmp_path / "config.json").write_text(json.dumps(geometry))
         args["model"] = str(tmp_path)
     return resolve(load(args), Machine(cores=8, gpus=0, may_grow=True))
 
@@ -120,6 +113,26 @@ def test_there_are_nodes_for_every_replica(overlay: str, tmp_path: Path) -> None
     assert sum(bundle["CPU"] for bundle in wanted) <= cpus * pods_each
     assert all(bundle["CPU"] <= cpus and bundle.get("GPU", 0) <= gpus for bundle in wanted)
     assert "max_ongoing_requests" not in deployment(overlay), "the application knows better"
+
+
+def test_operators_are_told_what_it_holds(overlay: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table under "Sizing" says what `mixtral-serve plan` says, which also says that it fits."""
+    engine = resolved(overlay, tmp_path).engine
+    if engine.device == "cpu":
+        return
+    card = ranks(overlay)["template"]["spec"]["nodeSelector"]["nvidia.com/gpu.product"].split("-")[1].lower()
+    gpus = ["--gpus", str(engine.parallel.ranks), "--gpu", card]
+    assert main(["plan", "8x7b", *gpus, "--quantization", engine.quantization, "--context", "32768"]) == 0
+    layout = plan.name(Layout(1, engine.parallel))
+    (planned,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{layout}  ")]
+    sizing = (ROOT / "docs/operations.md").read_text().partition("## Sizing")[2].partition("\n## ")[0]
+    (told,) = [line for line in sizing.splitlines() if f"`{overlay}`" in line]
+    ours, theirs = told.split("|")[2:5], re.split(r"\s{2,}", planned)[1:4]
+    assert [number(cell) for cell in ours] == pytest.approx([number(cell) for cell in theirs], rel=0.02), planned
+
+
+def number(cell: str) -> float:
+    return float(cell.split()[0].replace(",", ""))
 
 
 def test_nothing_ends_a_stream_before_its_deadline(overlay: str) -> None:
