@@ -1,6 +1,7 @@
 """What a block asks of the device it runs on. One object per model, chosen once, so that no call asks again.
 
     cpu     model/cpu_backend.py       packed linears, attention per run of pages, a loop over experts
+            model/native/backend.py    in bfloat16, where the processor multiplies it: compiled kernels
     cuda    model/triton_backend.py    the kernels of model/kernels, flash attention for prompts, grouped products
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.  K: experts per token.
@@ -63,8 +64,9 @@ class Backend(Protocol):
 def backend_for(config: MixtralConfig, device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type == "cpu":
         from model.cpu_backend import CpuBackend
+        from model.native.backend import NativeBackend, fits
 
-        return CpuBackend(config, dtype)
+        return NativeBackend(config, dtype) if fits(config, dtype) else CpuBackend(config, dtype)
     from model.triton_backend import TritonBackend
 
     return TritonBackend(config, device, dtype)

@@ -1,4 +1,6 @@
-"""How a CPU computes a block: attention per run of pages, experts one after another, or all in one compiled kernel.
+"""How a CPU computes a block: attention per run of pages, experts one after another on packed weights.
+
+native/backend.py has kernels for much of it, in bfloat16 on processors that multiply it.
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  H, G: query and key-value heads.  C: head_dim.
 """
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from model.attention import paged_attention
 from model.attention_plan import Planner
-from model.backend import Experts
+from model.backend import Experts, StepAttention
 from model.batch import Batch
 from model.config import MixtralConfig
 from model.exchange import Dispatched, Exchange
@@ -20,7 +22,6 @@ from model.graphs import DecodeGraphs, PaddedSteps, Run
 from model.kv_cache import KVCache
 from model.layers import rms_norm
 from model.moe import Routing, route, run_experts
-from model.native.linear import NativeExperts, NativeLinear
 from model.rotary import Rotary, rotate
 from model.weights import ExpertWeights
 
@@ -35,19 +36,16 @@ class CpuBackend:
     def exchange(self, exchange: Exchange) -> Exchange:
         return exchange
 
-    def attention(self, batch: Batch, kv: KVCache) -> CpuAttention:
-        angles = self._rotary.angles(batch.position_T, self._dtype)
-        planner = Planner(kv.page_size, kv.bytes_per_key, self._config.sliding_window, self._dtype, self._device)
-        return CpuAttention(planner, batch, kv, angles)
+    def attention(self, batch: Batch, kv: KVCache) -> StepAttention:
+        return CpuAttention(self._planner(kv), batch, kv, self._rotary.angles(batch.position_T, self._dtype))
+
+    def _planner(self, kv: KVCache) -> Planner:
+        return Planner(kv.page_size, kv.bytes_per_key, self._config.sliding_window, self._dtype, self._device)
 
     def decode_graphs(self, steps: PaddedSteps, run: Run) -> DecodeGraphs:
         raise AssertionError("a CPU has no graphs")
 
     def experts(self, experts: Sequence[ExpertWeights]) -> Experts:
-        gate_up = [expert.gate_up for expert in experts if isinstance(expert.gate_up, NativeLinear)]
-        down = [expert.down for expert in experts if isinstance(expert.down, NativeLinear)]
-        if experts and len(gate_up) == len(down) == len(experts):
-            return OneKernel(NativeExperts(gate_up, down))
         return ExpertLoop(experts)
 
     def norm(self, x_SD: Tensor, weight_D: Tensor) -> Tensor:
@@ -85,11 +83,3 @@ class ExpertLoop:
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         return run_experts(dispatched.x_ND, dispatched.rows, self._experts)
-
-
-class OneKernel:
-    def __init__(self, experts: NativeExperts) -> None:
-        self._experts = experts
-
-    def __call__(self, dispatched: Dispatched) -> Tensor:
-        return self._experts(dispatched.x_ND, dispatched.rows)

@@ -27,14 +27,35 @@ MADV_HUGEPAGE = 14
 Address = ctypes.c_void_p
 Size = ctypes.c_int64
 
-ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "linear": (Address, Size, Size, Address, Size, Size, Address, Size),
-    "experts": (Address, Address, Size, Address, Address, Size, Size, Address, Address, Size),
+Real = ctypes.c_float
+
+ARGUMENTS: dict[str, str] = {  # a: address, n: number, r: real
+    "linear": "anna nnan",
+    "experts": "aan aann aan",
+    "turn_and_store": "annnn aaaaa n",
+    "attend": "an annnn aa aaa ran an",
+    "norm": "anna ran",
+    "add_norm": "aanna raan",
+    "route": "anna nn aaan",
+    "dispatch": "aannnn aaaan",
+    "combine": "aaannn an",
 }
+TYPES = {"a": Address, "n": Size, "r": Real}
+
+
+def kernels() -> ctypes.CDLL:
+    """Whoever calls one has asked has_kernels()."""
+    library = find()
+    assert library is not None
+    return library
+
+
+def has_kernels() -> bool:
+    return find() is not None
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
+def find() -> ctypes.CDLL | None:
     """None: this processor or this installation has none, and torch's own operators do their work."""
     found = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not found:
@@ -53,7 +74,8 @@ def kernels() -> ctypes.CDLL | None:
         return None
     for name, arguments in ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes = [TYPES[letter] for letter in arguments.replace(" ", "")]
+        function.restype = None
     return library
 
 

@@ -7,7 +7,7 @@
 
 #ifdef MIXTRAL_NATIVE
 
-#include <omp.h>
+#include "share.h"
 
 INLINE void keep(int M, const __m512 left[TILE_ROWS], const __m512 right[TILE_ROWS], bf16 *y, int64_t y_stride) {
 #pragma GCC unroll 12
@@ -25,23 +25,6 @@ INLINE void swiglu(int M, const __m512 gate[TILE_ROWS], const __m512 up[TILE_ROW
         const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate[m]))));
         store_bf16(y + m * y_stride, _mm512_mul_ps(_mm512_mul_ps(gate[m], sigmoid), up[m]));
     }
-}
-
-// The share of one of several threads in tasks that follow one another, by what they cost.
-typedef struct {
-    int64_t first, last, at;
-} Share;
-
-INLINE Share share_of(int64_t total) {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    return (Share){total * thread / threads, total * (thread + 1) / threads, 0};
-}
-
-// Whether the next task, of this cost, begins in the share. One that costs nothing is nobody's.
-INLINE int mine(Share *share, int64_t task_cost) {
-    const int64_t at = share->at;
-    share->at += task_cost;
-    return task_cost && at >= share->first && at < share->last;
 }
 
 static void linear_strips(Share *share, const bf16 *x, int64_t x_stride, int64_t T, int64_t I, const bf16 *packed,
@@ -84,17 +67,4 @@ void experts(const bf16 *x, const int64_t *rows, int64_t E, const bf16 *const *g
     }
 }
 
-// Whether this processor has the instructions.
-int supported(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
-
-#else
-
-int supported(void) { return 0; }
-
 #endif
-
-int version(void) { return VERSION; }

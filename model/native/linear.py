@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.native.library import empty_huge, kernels
+from model.native.library import empty_huge, has_kernels, kernels
 
 PANEL = 16  # output features; a kernel takes two panels at once
 
 
 def has_kernel(weight_OI: Tensor) -> bool:
     fits = len(weight_OI) % (2 * PANEL) == 0 and weight_OI.shape[1] % 2 == 0 and weight_OI.numel() > 0
-    return fits and weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and kernels() is not None
+    return fits and weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and has_kernels()
 
 
 class NativeLinear:
@@ -35,15 +35,13 @@ class NativeLinear:
         self.packed.copy_(weight_OI.view(panels, PANEL, pairs, 2).transpose(1, 2))
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        library = kernels()
-        assert library is not None
         assert x_TI.dtype == torch.bfloat16
         assert x_TI.shape[1] == self.in_features
         if x_TI.stride(1) != 1:
             x_TI = x_TI.contiguous()
         T = len(x_TI)
         y_TO = x_TI.new_empty(T, self.out_features)
-        library.linear(
+        kernels().linear(
             x_TI.data_ptr(),
             x_TI.stride(0),
             T,
@@ -75,14 +73,12 @@ class NativeExperts:
 
     def __call__(self, x_ND: Tensor, rows: Sequence[int]) -> Tensor:
         """Each slot's expert on its own rows; rows lie slot after slot."""
-        library = kernels()
-        assert library is not None
         assert x_ND.dtype == torch.bfloat16
         assert x_ND.shape == (sum(rows), self._D)
         x_ND = x_ND.contiguous()
         hidden_NF = x_ND.new_empty(len(x_ND), self._F)
         y_ND = torch.empty_like(x_ND)
-        library.experts(
+        kernels().experts(
             x_ND.data_ptr(),
             self._rows(*rows),
             self._slots,

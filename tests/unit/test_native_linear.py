@@ -17,7 +17,7 @@ from model.native.linear import NativeExperts, NativeLinear, has_kernel
 from model.weights import ExpertWeights
 
 compiled = pytest.mark.skipif(
-    library.kernels() is None, reason="no C compiler at installation, or no AVX-512 with BF16 in this processor"
+    not library.has_kernels(), reason="no C compiler at installation, or no AVX-512 with BF16 in this processor"
 )
 # A sum's own rounding, and that of what is kept of it.
 TOLERANCE = {"rtol": 2**-8, "atol": 2**-8}
@@ -99,7 +99,7 @@ def test_without_a_library_torch_does_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    find = library.kernels.__wrapped__
+    find = library.find.__wrapped__
     with caplog.at_level(logging.INFO):
         assert find() is None
         (tmp_path / "_kernels.so").write_bytes(b"no library")
@@ -112,7 +112,7 @@ def test_a_library_of_another_version_is_not_called(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
-    assert library.kernels.__wrapped__() is None
+    assert library.find.__wrapped__() is None
     assert "make setup" in caplog.text
 
 

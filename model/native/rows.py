@@ -1,0 +1,105 @@
+"""What is done to each row alone, by the compiled kernels: tensors in, tensors out.
+
+S: rows.  D: model width.  E: experts.  K: experts per token.  N: rows of all experts, S * K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from model.native.library import kernels
+
+MULTIPLE = 32  # of which the width has to be one
+
+
+def norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    x_SD = x_SD.contiguous()
+    S, D = x_SD.shape
+    out_SD = torch.empty_like(x_SD)
+    kernels().norm(x_SD.data_ptr(), S, D, weight_D.data_ptr(), epsilon, out_SD.data_ptr(), torch.get_num_threads())
+    return out_SD
+
+
+def add_norm(x_SD: Tensor, delta_SD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    x_SD, delta_SD = x_SD.contiguous(), delta_SD.to(x_SD.dtype).contiguous()
+    S, D = x_SD.shape
+    sum_SD, out_SD = torch.empty_like(x_SD), torch.empty_like(x_SD)
+    kernels().add_norm(
+        x_SD.data_ptr(),
+        delta_SD.data_ptr(),
+        S,
+        D,
+        weight_D.data_ptr(),
+        epsilon,
+        sum_SD.data_ptr(),
+        out_SD.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sum_SD, out_SD
+
+
+def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of all experts in float32, the best experts, their weights in float32."""
+    x_SD = x_SD.contiguous()
+    S, D = x_SD.shape
+    logits_SE = torch.empty(S, len(router_ED))
+    expert_SK = torch.empty(S, experts_per_token, dtype=torch.int64)
+    weight_SK = torch.empty(S, experts_per_token)
+    kernels().route(
+        x_SD.data_ptr(),
+        S,
+        D,
+        router_ED.data_ptr(),
+        len(router_ED),
+        experts_per_token,
+        logits_SE.data_ptr(),
+        expert_SK.data_ptr(),
+        weight_SK.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return logits_SE, expert_SK, weight_SK
+
+
+def dispatch(x_SD: Tensor, expert_SK: Tensor, num_experts: int) -> tuple[Tensor, list[int], Tensor]:
+    """Rows in expert order, how many each expert has, and where each pair's row lies."""
+    S, D = x_SD.shape
+    K = expert_SK.shape[1]
+    rows, first_row = (ctypes.c_int64 * num_experts)(), (ctypes.c_int64 * num_experts)()
+    place_SK = torch.empty_like(expert_SK)
+    x_ND = x_SD.new_empty(S * K, D)
+    kernels().dispatch(
+        x_SD.data_ptr(),
+        expert_SK.data_ptr(),
+        S,
+        K,
+        D,
+        num_experts,
+        rows,
+        first_row,
+        place_SK.data_ptr(),
+        x_ND.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return x_ND, list(rows), place_SK
+
+
+def combine(y_ND: Tensor, place_SK: Tensor, weight_SK: Tensor) -> Tensor:
+    """Each token's results, weighted and added in routing order, (S, D)."""
+    S, K = weight_SK.shape
+    D = y_ND.shape[1]
+    out_SD = y_ND.new_empty(S, D)
+    kernels().combine(
+        y_ND.data_ptr(),
+        place_SK.data_ptr(),
+        weight_SK.data_ptr(),
+        S,
+        K,
+        D,
+        out_SD.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out_SD
