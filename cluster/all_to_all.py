@@ -22,9 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cluster.messages import Exchange as Mode
 from cluster.placement import Placement
@@ -49,6 +51,19 @@ class SlotTables:
     def places(self, layer: int, expert_SK: Tensor, turn_S1: Tensor) -> Tensor:
         """(S, K, J): for each pair one place per slice of the expert."""
         return self._place_ECJ[layer][expert_SK, turn_S1]
+
+    def own_slots(self, rank: int) -> list[Tensor]:
+        """Per layer, (E, C + 1): which slot of the rank has the pair of an expert in a turn; slots_per_rank: none.
+
+        The last turn is for tokens that are not there: no rank has their experts.
+        """
+        layers = []
+        for place_ECJ in self._place_ECJ:
+            slot_EC = place_ECJ[..., rank % self.slices] - rank * self.slots_per_rank
+            here_EC = (slot_EC >= 0) & (slot_EC < self.slots_per_rank)
+            slot_EC = slot_EC.where(here_EC, self.slots_per_rank)
+            layers.append(functional.pad(slot_EC, (0, 1), value=self.slots_per_rank))
+        return layers
 
     def turns(self, first: int, tokens: int) -> Tensor:
         """Whose turn it is among the replicas of an expert, for tokens first, first + 1, ... of a step. (S, 1)."""
@@ -136,12 +151,21 @@ class AllToAll(Share):
         return weighted_sum(y_PD, dispatched.weight_SK)
 
 
+class OwnPairs(Protocol):
+    """Of all pairs, those of this rank's slots: as rows that move, below, or listed, in padded_exchange.py."""
+
+    def take(self, layer: int, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Dispatched: ...
+
+    def sum(self, dispatched: Dispatched, y_ND: Tensor) -> Tensor:
+        """This rank's part of every token's output."""
+
+
 class AllReduce:
     """One step in `all_reduce` exchange of one data group: nothing is shared out, sums are."""
 
-    def __init__(self, world: Comm, tables: SlotTables, num_tokens: int, load: SlotLoad | None = None) -> None:
+    def __init__(self, world: Comm, own: OwnPairs) -> None:
         self._world = world
-        self._own = _OwnPairs(world.rank, tables, num_tokens, load)
+        self._own = own
 
     def share(self, x_TD: Tensor) -> Tensor:
         return x_TD
@@ -162,13 +186,11 @@ class AllReduce:
 class GroupedAllReduce(Share):
     """One step in `all_reduce` exchange of several data groups: every rank has all tokens for the experts alone."""
 
-    def __init__(
-        self, groups: Groups, tables: SlotTables, group_tokens: Sequence[int], load: SlotLoad | None = None
-    ) -> None:
+    def __init__(self, groups: Groups, group_tokens: Sequence[int], own: OwnPairs) -> None:
         super().__init__(groups.tensor, groups.world.rank // groups.tensor.size, group_tokens)
         self._world = groups.world
         self._shares = [rows for tokens in group_tokens for rows in split_rows(tokens, groups.tensor.size)]
-        self._own = _OwnPairs(groups.world.rank, tables, sum(group_tokens), load)
+        self._own = own
 
     def dispatch(self, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Dispatched:
         # A row and its routing travel together, as bytes: one collective instead of three.
@@ -196,14 +218,15 @@ def exchange_for(
             return OneRank(tables.num_experts, load)
         case "all_to_all":
             return AllToAll(groups, tables, group_tokens, load)
-        case "all_reduce" if len(group_tokens) == 1:
-            return AllReduce(groups.world, tables, group_tokens[0], load)
         case "all_reduce":
-            return GroupedAllReduce(groups, tables, group_tokens, load)
+            own = MovedPairs(groups.world.rank, tables, sum(group_tokens), load)
+            if len(group_tokens) == 1:
+                return AllReduce(groups.world, own)
+            return GroupedAllReduce(groups, group_tokens, own)
 
 
-class _OwnPairs:
-    """Of the pairs of all tokens, those of this rank's slots."""
+class MovedPairs:
+    """The rows of this rank's slots, copied out of those of all tokens."""
 
     def __init__(self, rank: int, tables: SlotTables, num_tokens: int, load: SlotLoad | None) -> None:
         self._tables = tables
@@ -223,7 +246,6 @@ class _OwnPairs:
         return Dispatched(x_TD.index_select(0, order_N // expert_TK.shape[1]), here, order_N, weight_TK)
 
     def sum(self, dispatched: Dispatched, y_ND: Tensor) -> Tensor:
-        """This rank's part of every token's output."""
         y_PD = y_ND.new_zeros(dispatched.weight_SK.numel(), y_ND.shape[-1])
         y_PD.index_copy_(0, dispatched.order_N, y_ND)
         return weighted_sum(y_PD, dispatched.weight_SK)

@@ -14,7 +14,6 @@ class Recomputed:
         self.replayed: list[int] = []
 
     def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        compute()
         out = compute()
 
         def replay() -> None:
