@@ -17,6 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 SPEC = yaml.safe_load((ROOT / "k8s/base/alerts.yaml").read_text())["spec"]
 RULES: list[dict[str, Any]] = [rule for group in SPEC["groups"] for rule in group["rules"]]
+RAY = "rayservice.yaml"
 TESTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "k8s/alerts.test.yaml").read_text())["tests"]
 
 
@@ -45,6 +46,24 @@ def test_every_alert_is_tested_both_ways() -> None:
             tested[bool(case["exp_alerts"])].add(case["alertname"])
     names = {rule["alert"] for rule in RULES}
     assert tested == {True: names, False: names}
+
+
+def test_the_head_that_is_missed_is_ours_and_missed_in_time() -> None:
+    """Labels of `up` come from the PodMonitor and from the pod it finds."""
+    (rule,) = [rule for rule in RULES if rule["alert"] == "MixtralHeadGone"]
+    asked = dict(re.findall(r'(\w+)="([^"]*)"', rule["expr"]))
+    monitor, service = (yaml.safe_load((ROOT / "k8s/base" / file).read_text()) for file in ("pod-monitor.yaml", RAY))
+    namespace = yaml.safe_load((ROOT / "k8s/base/kustomization.yaml").read_text())["namespace"]
+    config = service["spec"]["rayClusterConfig"]
+    (head,) = config["headGroupSpec"]["template"]["spec"]["containers"]
+    assert asked["job"] == f"{namespace}/{monitor['metadata']['name']}"
+    assert asked["container"] == head["name"]
+    assert asked["endpoint"] in {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]}
+    assert asked["endpoint"] in {one["name"] for one in head["ports"]}
+    (ranks,) = config["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    environment = {one["name"]: one["value"] for one in ranks["env"]}
+    minutes = int(rule["for"].removesuffix("m"))
+    assert minutes * 60 <= int(environment["RAY_gcs_rpc_server_reconnect_timeout_s"]) / 4
 
 
 def test_every_alert_has_its_page_in_the_runbook() -> None:

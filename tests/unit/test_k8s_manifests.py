@@ -267,6 +267,13 @@ def gib(quantity: str) -> int:
 
 
 @every_overlay
+def test_applying_a_change_is_never_refused_because_a_job_is_there(overlay: str) -> None:
+    """A job's template cannot be changed, and every new image changes it."""
+    for job in of_kind(overlay, "Job"):
+        assert 0 < job["spec"]["ttlSecondsAfterFinished"] <= 3600
+
+
+@every_overlay
 def test_weights_are_read_only_but_for_the_job_that_fills_them(overlay: str) -> None:
     for pod in pods(overlay):
         for container in containers(pod):
