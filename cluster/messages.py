@@ -172,6 +172,8 @@ class StepPlan:
     placement: int = 0  # number of the expert placement that this step uses; the ranks were given it before
     report_load: bool = False  # the result says how many rows each slot has computed since the last report
     canary: bool = False  # no chunks: made-up rows through every slot and collective, compared with a known answer
+    capture: int = 0  # no chunks: the graph of decode steps of so many rows in each data group is captured
+    graph: int = 0  # rows of the captured graph that this step replays, all groups padded to it; 0: it is computed
 
     @property
     def num_tokens(self) -> int:

@@ -75,6 +75,7 @@ class RankActor:
         if self._membership is not None:
             self._membership.abort()
         self._line.wait_until_empty()
+        self._worker.drop_graphs()
 
     def report(self) -> RankReport:
         """What can be said of this process, whatever its worker does or waits for."""

@@ -24,6 +24,7 @@ from cluster.errors import CanaryFailed, StepFailed
 from cluster.held_experts import HeldExperts, fetch, hold
 from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
 from cluster.messages import Routing as TokenRouting
+from cluster.padded_exchange import PaddedExchange
 from cluster.placement import Placement
 from cluster.rank_loader import RankLoader
 from cluster.rank_state import RankState, StepInput, Wanted
@@ -31,9 +32,11 @@ from cluster.routing import routing_of
 from cluster.sampling import choose, token_logprobs
 from cluster.step_input import StepTensors
 from cluster.step_output import OnTheWay, StepOutput
+from model.batch import Batch
 from model.comm import Groups
-from model.exchange import OneRank, SlotLoad
+from model.exchange import SlotLoad
 from model.grammar import CompiledGrammar, GrammarCompiler
+from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import Routing
@@ -64,6 +67,7 @@ class Worker:
         self._kv: KVCache | None = None
         self._fetched: HeldExperts | None = None
         self._canary: Canary | None = None
+        self._graphs: DecodeGraphs | None = None
         torch.set_num_threads(config.parallel.threads_per_rank)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> WorkerFacts:
@@ -116,10 +120,11 @@ class Worker:
         self._tables = SlotTables(held.placement, self._loader.device)
         self._load = SlotLoad(self._model_config.num_hidden_layers, held.placement.slots_per_rank)
         self._canary = None
-        if self._groups.world.size == 1:
-            assert self._kv is not None
-            alone = OneRank(self._tables.num_experts, self._load)
-            self._model.capture_decode(self._kv, alone, self._config.scheduler.max_running)
+        self._graphs = None
+
+    def drop_graphs(self) -> None:
+        """Before the group is left: NCCL frees nothing that a graph has captured."""
+        self._graphs = None
 
     @torch.inference_mode()
     def fetch(self, placement: Placement) -> None:
@@ -151,7 +156,9 @@ class Worker:
         began = perf_counter()
         step = self._state.take(plan)
         group_tokens = plan.group_tokens or (plan.num_tokens,)
-        assert plan.canary or step.numbers.tokens == group_tokens[self._group], "ranks would disagree about shapes"
+        assert plan.canary or plan.capture or step.numbers.tokens == group_tokens[self._group], (
+            "ranks would disagree about shapes"
+        )
         self.next_step += 1
         return Prepared(plan, step, group_tokens, perf_counter() - began)
 
@@ -164,6 +171,9 @@ class Worker:
         if prepared.plan.canary:
             self._prove(prepared.plan)
             output = StepOutput(self._result(prepared))
+        elif prepared.plan.capture:
+            self._capture(prepared.plan.capture)
+            output = StepOutput(self._result(prepared))
         else:
             output = self._forward(prepared)
         self._next_computed += 1
@@ -171,17 +181,15 @@ class Worker:
 
     def _forward(self, prepared: Prepared) -> StepOutput:
         plan, step = prepared.plan, prepared.step
-        assert self._kv is not None
         tensors = step.numbers.send(self._last_ids)
-        exchange = exchange_for(plan.exchange, self._groups, self._tables, prepared.group_tokens, self._load)
-        told = [m for m, state in enumerate(step.sampled) if state.routed]
-        routings: list[Routing] | None = [] if told else None
-        hidden_RD = self._model.forward(tensors.batch, self._kv, exchange, routings)
+        routing: dict[int, TokenRouting] = {}
+        if plan.graph:
+            assert self._graphs is not None
+            self._stages.start("attention")
+            hidden_RD = self._graphs.replay(tensors.batch, plan.graph, prepared.group_tokens)
+        else:
+            hidden_RD, routing = self._launch(prepared, tensors.batch)
         prompt_logprobs = {w.state.start.seq: self._judge(w, hidden_RD) for w in step.judged}
-        routing: list[TokenRouting] = []
-        if routings is not None:
-            rows = [step.sampled_rows[m] for m in told]
-            routing = routing_of(routings, exchange, tensors.batch.logits_rows, rows)
         ids_M, logprobs = self._sample(step, tensors, hidden_RD)
         if not self._samples:
             return StepOutput(self._result(prepared), OnTheWay(ids_M[:0]))  # its result waits all the same
@@ -193,10 +201,32 @@ class Worker:
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
             failed={s.start.seq: s.sampled.error for s in step.states if s.sampled is not None and s.sampled.error},
-            routing={step.sampled[m].start.seq: one for m, one in zip(told, routing, strict=True)},
-            graph=self._model.replayed,
+            routing=routing,
+            graph=None if self._graphs is None else plan.graph > 0,
         )
         return StepOutput(known, OnTheWay(ids_M))
+
+    def _launch(self, prepared: Prepared, batch: Batch) -> tuple[Tensor, dict[int, TokenRouting]]:
+        """The wanted rows' hidden states, kernel by kernel, and of whoever wants to know it the routing."""
+        plan, step = prepared.plan, prepared.step
+        assert self._kv is not None
+        exchange = exchange_for(plan.exchange, self._groups, self._tables, prepared.group_tokens, self._load)
+        told = [m for m, state in enumerate(step.sampled) if state.routed]
+        routings: list[Routing] | None = [] if told else None
+        hidden_RD = self._model.forward(batch, self._kv, exchange, routings)
+        if routings is None:
+            return hidden_RD, {}
+        routing = routing_of(routings, exchange, batch.logits_rows, [step.sampled_rows[m] for m in told])
+        return hidden_RD, {step.sampled[m].start.seq: one for m, one in zip(told, routing, strict=True)}
+
+    def _capture(self, rows: int) -> None:
+        """From now on plans may name the graph of so many rows."""
+        if self._graphs is None:
+            assert self._kv is not None
+            limits, groups = self._config.scheduler, self._config.parallel.data
+            exchange = PaddedExchange(self._groups, self._tables, self._load)
+            self._graphs = self._model.decode_graphs(PaddedSteps(self._kv, limits.max_running, exchange, groups))
+        self._graphs.capture(rows)
 
     def _result(self, prepared: Prepared) -> StepResult:
         """What every rank says of a step."""

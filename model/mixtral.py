@@ -94,11 +94,6 @@ class Mixtral:
         """For steps of one token of each text, on a GPU: what is captured of them is replayed instead of forward()."""
         return self._backend.decode_graphs(steps, self._run)
 
-    replayed: bool | None = None
-
-    def capture_decode(self, kv: KVCache, exchange: OneRank, max_rows: int) -> None:
-        """Until steps say which graph they are."""
-
     @torch.inference_mode()
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, (R, V), float32, the same on every rank of the tensor group.

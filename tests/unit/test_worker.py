@@ -14,6 +14,7 @@ from cluster.worker import Worker
 from model.batch import Batch
 from model.comm import alone
 from model.cpu_backend import CpuBackend
+from model.graphs import PaddedSteps, Run
 from tests.tiny import CONFIG, write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, seed=0)
@@ -79,18 +80,40 @@ def test_the_token_sampled_last_needs_no_way_through_the_plan(worker: Worker) ->
     assert ahead.token_ids == told.token_ids
 
 
-def test_a_step_says_whether_it_was_a_graph(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Graphs:
-        def replay(self, batch: Batch) -> torch.Tensor | None:
-            decodes = all(span.length == 1 for span in batch.spans)
-            return torch.zeros(len(batch.logits_rows), CONFIG["hidden_size"]) if decodes else None
+class Graphs:
+    """Computes what it is to replay, and notes what it was asked for."""
 
-    prompt = StepPlan(0, (SequenceChunk(0, PROMPT, 0, (0, 1), True),), (start(0),))
-    assert worker.step(prompt).graph is None, "a CPU captures none"
-    monkeypatch.setattr(CpuBackend, "decode_graphs", lambda *_: Graphs())
+    def __init__(self, steps: PaddedSteps, run: Run) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def capture(self, rows: int) -> None:
+        self.asked.append((rows,))
+
+    def replay(self, batch: Batch, rows: int, group_tokens: tuple[int, ...]) -> torch.Tensor:
+        self.asked.append((rows, *group_tokens))
+        return torch.zeros(len(batch.logits_rows), CONFIG["hidden_size"])
+
+
+def test_graphs_are_captured_and_replayed_as_the_plan_says(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = SequenceChunk(0, PROMPT, 0, (0, 1), True)
+    assert worker.step(StepPlan(0, (prompt,), (start(0),))).graph is None, "none was captured"
+    monkeypatch.setattr(CpuBackend, "decode_graphs", lambda _, *parts: Graphs(*parts))
+    for step, rows in enumerate((4, 2), 1):
+        nothing = worker.step(StepPlan(step, (), capture=rows))
+        assert nothing.seqs == ()
+    decode = (SequenceChunk(0, (LAST_SAMPLED,), 5, (), True),)
+    assert worker.step(StepPlan(3, decode)).graph is False
+    assert worker.step(replace(StepPlan(4, decode), graph=2)).graph is True
+    assert worker._graphs.asked == [(4,), (2,), (2, 1)]  # type: ignore[union-attr]
+    worker.drop_graphs()
+    assert worker.step(StepPlan(5, decode)).graph is None
+
+
+def test_graphs_go_with_their_group(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuBackend, "decode_graphs", lambda _, *parts: Graphs(*parts))
+    worker.step(StepPlan(0, (), capture=4))
     worker.join(alone(), num_pages=8)
-    assert worker.step(prompt).graph is False
-    assert worker.step(StepPlan(1, (SequenceChunk(0, (LAST_SAMPLED,), 5, (), True),))).graph is True
+    assert worker.step(StepPlan(0, (SequenceChunk(0, PROMPT, 0, (0, 1), True),), (start(0),))).graph is None
 
 
 def test_a_stored_token_is_computed_but_not_written(worker: Worker) -> None:
