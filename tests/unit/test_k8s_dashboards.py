@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from deployments.metrics import Metrics
 from k8s.dashboards.generate import DASHBOARDS, OBJECTIVES, TARGET, document, text
@@ -16,6 +17,7 @@ from tests.unit.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = re.compile(r"\bray_\w+")  # Ray's own
+RAY_SHOWS = ("dashboard/modules/reporter/reporter_agent.py", "serve/_private/deployment_state.py")
 
 
 def counted() -> set[str]:
@@ -63,6 +65,17 @@ def test_every_query_asks_for_what_is_counted(dashboard: Dashboard) -> None:
 def test_every_alert_asks_for_what_is_counted() -> None:
     asked = set(re.findall(r"\bmixtral_\w+", (ROOT / "k8s/base/alerts.yaml").read_text()))
     assert asked <= counted()
+
+
+def test_what_is_asked_of_ray_is_what_this_ray_shows() -> None:
+    """Names move between versions of Ray, and a panel without data looks like a cluster without work."""
+    (found,) = ray.__path__
+    shown = "".join((Path(found) / file).read_text() for file in RAY_SHOWS)
+    expressions = [query.expression for one in DASHBOARDS for panel in one.panels for query in panel.queries]
+    asked = set(OUTSIDE.findall(" ".join([*expressions, (ROOT / "k8s/base/alerts.yaml").read_text()])))
+    assert asked
+    for name in asked:
+        assert f'"{name.removeprefix("ray_")}"' in shown, name
 
 
 def test_an_objective_is_a_bound_of_its_histogram() -> None:
