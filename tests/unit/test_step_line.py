@@ -166,9 +166,9 @@ def test_a_closed_line_is_empty_when_what_computes_has_come_back(rig: Rig) -> No
     rig.go_on()
     empty.join(WAIT_S)
     assert not empty.is_alive()
-    assert first.result(0).step == 0
+    assert first.result(WAIT_S).step == 0
     with pytest.raises(StepFailed, match="the group was aborted"):
-        second.result(0)
+        second.result(WAIT_S)
     with pytest.raises(StepFailed, match="the group was aborted"):
         rig.step(2).result(WAIT_S)
     assert rig.worker.log[-1] == "computed 0", "and nothing after it"
@@ -200,8 +200,8 @@ def test_a_group_is_formed_when_the_last_one_s_steps_have_ended(rig: Rig) -> Non
     assert forming.is_alive()
     rig.go_on()
     forming.join(WAIT_S)
-    assert first.result(0).step == 0
-    assert isinstance(second.exception(0), StepFailed)
+    assert first.result(WAIT_S).step == 0
+    assert isinstance(second.exception(WAIT_S), StepFailed)
     assert rig.worker.log[-2:] == ["computed 0", "join"]
 
 

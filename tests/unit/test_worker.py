@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,19 @@ import torch
 
 from cluster.config import EngineConfig, KVConfig, ParallelConfig
 from cluster.errors import StepFailed
-from cluster.messages import LAST_SAMPLED, Pooling, SamplingParams, SequenceChunk, SequenceStart, StepPlan
+from cluster.messages import (
+    LAST_SAMPLED,
+    Pooling,
+    SamplingParams,
+    SequenceChunk,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    StepTimes,
+)
 from cluster.placement import Placement, even_placement
-from cluster.worker import Worker
+from cluster.step_line import CALLERS, StepLine
+from cluster.worker import Prepared, Worker
 from model.batch import Batch
 from model.comm import alone
 from model.cpu_backend import CpuBackend
@@ -242,3 +253,69 @@ def test_pages_outlive_the_group_they_were_filled_in(worker: Worker) -> None:
     known = PROMPT + first.token_ids
     chunk = SequenceChunk(0, first.token_ids, 5, (0, 1), True)
     assert worker.step(StepPlan(0, (chunk,), (start(0, known),))).token_ids == second.token_ids
+
+
+def life(seq: int, sampling: SamplingParams, pages: tuple[int, ...], first: int, last: int) -> dict[int, SequenceChunk]:
+    """A sequence's chunks by step: its prompt in `first`, then a token a step until `last`, pages when needed."""
+    chunks = {first: SequenceChunk(seq, PROMPT, 0, pages[:2], True)}
+    for step in range(first + 1, last + 1):
+        position = len(PROMPT) + step - first - 1
+        new = pages[position // 4 : position // 4 + 1] if position % 4 == 0 else ()
+        chunks[step] = SequenceChunk(seq, (LAST_SAMPLED,), position, new, True)
+    return chunks
+
+
+def overlapping_lives() -> list[StepPlan]:
+    """Ten steps of sequences that come and go; who ends is let go by the plan after its last, as the scheduler does."""
+    penalized = SamplingParams(max_tokens=8, temperature=0.7, seed=3, frequency_penalty=0.8, repetition_penalty=1.2)
+    judged = SamplingParams(max_tokens=8, temperature=0.9, seed=4, logprobs=1, prompt_logprobs=1, return_routing=True)
+    spans = [(GREEDY, 0, 4), (penalized, 0, 8), (judged, 2, 6), (penalized, 5, 9), (GREEDY, 7, 9)]
+    places = [(0, 1, 2), (3, 4, 5, 6), (7, 8, 9), (0, 1, 2), (8, 7, 9)]  # the last two: pages of who is gone
+    lives = [
+        life(seq, *span[:1], pages, *span[1:]) for seq, (span, pages) in enumerate(zip(spans, places, strict=True))
+    ]
+    plans = []
+    for step in range(10):
+        starts = tuple(start(seq, sampling=span[0]) for seq, span in enumerate(spans) if span[1] == step)
+        releases = tuple(seq for seq, span in enumerate(spans) if span[2] == step - 1)
+        chunks = tuple(chunks[step] for chunks in lives if step in chunks)
+        plans.append(StepPlan(step, chunks, starts, releases))
+    return plans
+
+
+def without_times(result: StepResult) -> StepResult:
+    return replace(result, times=StepTimes())
+
+
+def test_steps_prepared_one_ahead_give_what_they_give_one_by_one(worker: Worker) -> None:
+    worker.join(alone(), num_pages=10)
+    expected = [without_times(worker.step(plan)) for plan in overlapping_lives()]
+    worker.join(alone(), num_pages=10)
+    found = []
+    ahead: Prepared | None = None
+    for plan in overlapping_lives():
+        computing, ahead = ahead, worker.prepare(plan)
+        if computing is not None:
+            found.append(without_times(worker.compute(computing).result()))
+    assert ahead is not None
+    found.append(without_times(worker.compute(ahead).result()))
+    assert found == expected
+    assert all(result.seqs for result in found)
+
+
+def test_preparing_beside_computing_changes_nothing(worker: Worker) -> None:
+    worker.join(alone(), num_pages=10)
+    expected = [without_times(worker.step(plan)) for plan in overlapping_lives()]
+    line = StepLine(worker)
+    line.form(lambda leave: worker.join(alone(), num_pages=10), epoch=0)
+    with ThreadPoolExecutor(CALLERS) as callers:
+        found = [without_times(result) for result in callers.map(lambda p: line.step(p, 0), overlapping_lives())]
+    line.stop()
+    assert found == expected
+
+
+def test_no_more_than_two_steps_are_under_way(worker: Worker) -> None:
+    worker.prepare(StepPlan(0, ()))
+    worker.prepare(StepPlan(1, ()))
+    with pytest.raises(AssertionError, match="would be written over"):
+        worker.prepare(StepPlan(2, ()))
