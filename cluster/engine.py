@@ -27,6 +27,7 @@ from cluster.crash_bundle import CrashBundles
 from cluster.engine_loop import EngineLoop
 from cluster.errors import EngineDraining, EngineError, EngineNotReady, QueueFull, RequestInvalid, StepFailed
 from cluster.expert_load import ExpertLoad
+from cluster.graph_ladder import ladder_for
 from cluster.kv_pool import PagePool
 from cluster.messages import (
     EncodeRequest,
@@ -110,6 +111,7 @@ class Engine:
             self._publish,
             self.stats,
             self._observer,
+            ladder_for(config),
             None if crash_directory is None else CrashBundles(crash_directory),
         )
         self._loop.start()

@@ -25,6 +25,7 @@ from cluster.crash_bundle import CrashBundles
 from cluster.errors import CanaryFailed, StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.expert_load import ExpertLoad
+from cluster.graph_ladder import GraphLadder
 from cluster.messages import EngineStats, StepPlan, StepResult, TokenEvent
 from cluster.observer import Observer, StepRecord
 from cluster.proofs import Proofs
@@ -36,6 +37,7 @@ from cluster.worker_group import PendingStep, WorkerGroup
 log = logging.getLogger(__name__)
 
 STEPS_AHEAD = 1
+CAPTURE_WITHIN_S = 300.0  # the first one compiles kernels
 CHECK_EVERY_S = 60.0  # when idle
 ASK_LOAD_EVERY_S = 1.0  # while there is work
 
@@ -71,6 +73,7 @@ class EngineLoop:
         publish: Callable[[Sequence[Event]], None],  # called on this thread, at most once per step
         stats: Callable[[], EngineStats],
         observer: Observer,
+        graphs: GraphLadder,
         bundles: CrashBundles | None = None,
     ) -> None:
         self._scheduler = scheduler
@@ -81,6 +84,7 @@ class EngineLoop:
         self._publish = publish
         self._stats = stats
         self._observer = observer
+        self._graphs = graphs
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._under_way: deque[_UnderWay] = deque()
         self._forecast = StepForecast()
@@ -160,7 +164,7 @@ class EngineLoop:
                     self._plans.append(plan)
                     self._under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
                 if len(self._under_way) > STEPS_AHEAD or (plan is None and self._under_way):
-                    self._finish(self._forecast.deadline_s(self._under_way[0].num_tokens))
+                    self._finish(self._deadline_s(self._under_way[0]))
         except StepFailed as failure:
             return failure
         return None
@@ -176,7 +180,9 @@ class EngineLoop:
         """The next step. A canary if one is due; for one request if that is to be tried alone and finds room."""
         exchange = self._proofs.due(now)
         if exchange is not None and not any(step.plan.canary for step in self._under_way):
-            return replace(self._scheduler.canary(), exchange=exchange)
+            return replace(self._scheduler.for_nobody(), exchange=exchange, canary=True)
+        if not self._scheduler.has_work and (rows := self._graphs.due()) is not None:
+            return replace(self._scheduler.for_nobody(), exchange=self._graphs.exchange, capture=rows)
         alone = self._recovery.alone()
         if alone is None:
             return self._scheduler.schedule(now)
@@ -185,11 +191,18 @@ class EngineLoop:
 
     def _complete(self, plan: StepPlan, now: float) -> StepPlan:
         """What of a plan is not the scheduler's to say."""
-        asks = not plan.canary and now - self._load_asked >= ASK_LOAD_EVERY_S
+        if plan.canary or plan.capture:
+            return replace(plan, placement=self._load.placement.number)
+        asks = now - self._load_asked >= ASK_LOAD_EVERY_S
         if asks:
             self._load_asked = now
-        exchange = plan.exchange if plan.canary else choose_exchange(self._parallel, plan.num_tokens)
-        return replace(plan, exchange=exchange, placement=self._load.placement.number, report_load=asks)
+        graph = self._graphs.rows_for(plan)
+        exchange = self._graphs.exchange if graph else choose_exchange(self._parallel, plan.num_tokens)
+        placement = self._load.placement.number
+        return replace(plan, exchange=exchange, placement=placement, report_load=asks, graph=graph)
+
+    def _deadline_s(self, step: _UnderWay) -> float:
+        return CAPTURE_WITHIN_S if step.plan.capture else self._forecast.deadline_s(step.num_tokens)
 
     def _finish(self, timeout_s: float) -> None:
         """Wait for the first step under way, take in what it gave, tell everybody."""
@@ -200,14 +213,15 @@ class EngineLoop:
             raise StepFailed(f"step {step.plan.step} took longer than {timeout_s:.0f} s", "deadline") from None
         done = monotonic()
         self._under_way.popleft()
-        self._forecast.note(step.num_tokens, done - max(step.handed_out, self._finished))
+        if not step.plan.capture:
+            self._forecast.note(step.num_tokens, done - max(step.handed_out, self._finished))
         self._finished = done
         events = self._scheduler.postprocess(step.plan, result)
         slot_rows = result.slot_rows if step.plan.placement == self._load.placement.number else ()
         if slot_rows:
             self._load.add(slot_rows, done)
-        if step.plan.canary:
-            self._canary_done(step.plan, done)
+        if step.plan.canary or step.plan.capture:
+            self._done_for_nobody(step.plan, done)
             return
         self._proofs.step(step.plan.exchange, slot_rows, done)
         self._recovery.completed(events)
@@ -215,12 +229,17 @@ class EngineLoop:
         self._send(events)
         self._report(step, result, slot_rows, done, taken, monotonic())
 
-    def _canary_done(self, plan: StepPlan, now: float) -> None:
-        if plan.placement == self._load.placement.number:  # else experts have moved since
+    def _done_for_nobody(self, plan: StepPlan, now: float) -> None:
+        current = plan.placement == self._load.placement.number  # else experts have moved since
+        if plan.capture and current:
+            self._graphs.captured(plan.capture)
+            log.info("graphs of decode steps %s", self._graphs.progress())
+        if plan.canary and current:
             self._proofs.canary(plan.exchange, now)
-        self._recovery.proved()
-        self._observer.canary(True)
-        if not self._proofs.doubts(now):
+        if plan.canary:
+            self._recovery.proved()
+            self._observer.canary(True)
+        if not self._proofs.doubts(now) and self._graphs.due() is None:
             self._proved.set()
 
     def _report(
@@ -249,9 +268,12 @@ class EngineLoop:
         wrong = isinstance(failure, CanaryFailed)
         if wrong:
             self._observer.canary(False)
+        if self._under_way and self._under_way[0].plan.capture and not self._graphs.failed():
+            log.error("graphs cannot be captured: decode steps are launched kernel by kernel, which is slower")
         self._send(self._recovery.blame(failure, self._scheduler.keys_under_way(), self._plans))
         self._under_way.clear()
         self._proofs.forget()
+        self._graphs.forget()
         self._recovery.run(anew=wrong)  # a rank computes something else than it did: none keeps its weights
 
     def _salvage(self) -> None:
@@ -268,7 +290,7 @@ class EngineLoop:
         if now - self._checked > CHECK_EVERY_S:
             self._checked = now
             self._scheduler.check_integrity()
-        return self._proofs.due_in_s(now)
+        return self._proofs.due_in_s(now) if self._graphs.due() is None else 0.0
 
     def _take_commands(self) -> bool:
         """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
@@ -303,6 +325,7 @@ class EngineLoop:
             self._group.adopt(command.placement)
             self._load.move(command.placement)
             self._proofs.renew(monotonic())
+            self._graphs.drop()
             self._observer.rebalanced(command.moves)
         command.moved.set_result(current)
 

@@ -183,9 +183,9 @@ class Scheduler:
         self._under_way.append([(sequence, sequence.life) for step in steps for sequence in step.chunks])
         return plan
 
-    def canary(self) -> StepPlan:
-        """A step for nobody, in its place among the others."""
-        plan = StepPlan(self._next_step, (), canary=True)
+    def for_nobody(self) -> StepPlan:
+        """A step without tokens, in its place among the others."""
+        plan = StepPlan(self._next_step, ())
         self._next_step += 1
         self._under_way.append([])
         return plan

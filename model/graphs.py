@@ -158,8 +158,3 @@ class DecodeGraphs:
         replay, hidden_RD = self._graphs[rows]
         replay()
         return hidden_RD.index_select(0, batch.logits_rows)
-
-
-def graph_sizes(max_rows: int) -> list[int]:
-    """1, 2, 4, 8, then every 16: padding costs attention a little, and experts nothing."""
-    return [*(size for size in (1, 2, 4, 8) if size < max_rows), *range(16, max_rows, 16), max_rows]

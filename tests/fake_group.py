@@ -67,6 +67,8 @@ class FakeGroup:
         self.stopped = False
         self.canaries: list[StepPlan] = []
         self.wrong_canaries: set[int] = set()  # counted over all epochs
+        self.captured: list[StepPlan] = []  # of this epoch
+        self.failing_captures = 0  # so many more
         self.renewed = 0  # recoveries in which no rank was kept
         self.fetched: Placement | None = None
         self.placement = 0  # adopted; plans handed out before still name the one before
@@ -82,6 +84,8 @@ class FakeGroup:
     def compute(self, plan: StepPlan) -> StepResult:
         if plan.canary:
             return self._prove(plan)
+        if plan.capture:
+            return self._capture(plan)
         if self.tickets is not None:
             self.tickets.acquire()
         if self.fail_with is not None:
@@ -110,6 +114,7 @@ class FakeGroup:
         kept = set() if anew else set(self._groups) - set(self.lost)
         self.epoch += 1
         self.plans, self._states, self._next_step = [], {}, 0
+        self.captured = []
         self.renewed += anew
         self._slots = {place: held for place, held in self._slots.items() if place[0] in kept}
         return frozenset(self._groups) - kept
@@ -145,6 +150,14 @@ class FakeGroup:
         if len(self.canaries) in self.wrong_canaries:
             raise CanaryFailed("a canary found on rank 0: layer 1, experts 2 3")
         self._in_order(plan)
+        return StepResult(plan.step, (), (), StepTimes())
+
+    def _capture(self, plan: StepPlan) -> StepResult:
+        self._in_order(plan)
+        if self.failing_captures:
+            self.failing_captures -= 1
+            raise StepFailed("rank 0 failed in a step: OutOfMemoryError")
+        self.captured.append(plan)
         return StepResult(plan.step, (), (), StepTimes())
 
     def _check_groups(self, plan: StepPlan) -> None:

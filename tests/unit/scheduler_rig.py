@@ -66,7 +66,7 @@ class Rig:
 
     def canary(self) -> None:
         """A step for nobody, in its place."""
-        self.under_way.append(self.scheduler.canary())
+        self.under_way.append(self.scheduler.for_nobody())
         if len(self.under_way) == 2:
             self.take_in()
 

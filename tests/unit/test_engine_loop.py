@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +16,7 @@ from cluster.commands import Add, Died, Move
 from cluster.config import ParallelConfig, SchedulerConfig
 from cluster.engine_loop import EngineLoop
 from cluster.expert_load import ExpertLoad
+from cluster.graph_ladder import GraphLadder, graph_exchange
 from cluster.kv_pool import PagePool
 from cluster.messages import EngineStats, Request, SamplingParams, StepPlan, TokenEvent
 from cluster.placement import even_placement
@@ -31,7 +32,7 @@ POISON = 99  # no token that is ever sampled
 class Desk:
     """Who asks the loop for tokens, and reads its answers."""
 
-    def __init__(self, group: FakeGroup, parallel: ParallelConfig) -> None:
+    def __init__(self, group: FakeGroup, parallel: ParallelConfig, graphs: Sequence[int] = ()) -> None:
         self.group = group
         self.load = ExpertLoad(even_placement(1, 4, parallel.ranks), 0.0)
         self.notes = Notes()
@@ -48,6 +49,7 @@ class Desk:
             lambda events: self._events.put(list(events)),
             lambda: EngineStats(self.scheduler.num_running, 0, 64, self.pool.num_held, self.scheduler.steps, 0, 0, 0),
             self.notes,
+            GraphLadder(graphs, graph_exchange(parallel)),
         )
         self.loop.start()
 
@@ -70,8 +72,10 @@ class Desk:
 
 
 @contextmanager
-def desk(group: FakeGroup | None = None, parallel: ParallelConfig | None = None) -> Iterator[Desk]:
-    made = Desk(group or FakeGroup(64, 4), parallel or ParallelConfig())
+def desk(
+    group: FakeGroup | None = None, parallel: ParallelConfig | None = None, graphs: Sequence[int] = ()
+) -> Iterator[Desk]:
+    made = Desk(group or FakeGroup(64, 4), parallel or ParallelConfig(), graphs)
     try:
         yield made
     finally:
@@ -267,3 +271,60 @@ def test_a_failed_step_and_a_death_are_told_apart_and_paid_for_with_one_pause_ea
         eventually(lambda: len(asked.notes.pauses) == 2)
         assert asked.notes.failures == ["step_failed", "died"]
         assert min(asked.notes.pauses) >= 0
+
+
+def test_graphs_are_captured_before_anybody_is_let_in_and_steps_name_them() -> None:
+    with desk(parallel=ParallelConfig(tensor=2), graphs=(1, 2, 4)) as made:
+        made.loop.wait_until_proved()
+        assert [(plan.capture, plan.exchange) for plan in made.group.captured] == [
+            (rows, "all_reduce") for rows in (4, 2, 1)
+        ]
+        made.ask("a", max_tokens=4)
+        assert made.answer("a")[0] == alone((5, 6), 4)
+        prompt, *decodes = made.group.plans
+        assert prompt.graph == 0
+        assert {(plan.graph, plan.exchange) for plan in decodes if plan.chunks} == {(1, "all_reduce")}
+
+
+def test_after_a_recovery_steps_are_computed_and_graphs_captured_anew_when_idle() -> None:
+    group = FakeGroup(64, 4)
+    group.fail_at = {3}
+    with desk(group, graphs=(2, 1)) as made:
+        made.loop.wait_until_proved()
+        made.ask("a", max_tokens=8)
+        assert made.answer("a")[0] == alone((5, 6), 8)
+        assert {plan.graph for plan in group.plans} == {0}, "of the new epoch: nothing was captured, somebody waited"
+        eventually(lambda: [plan.capture for plan in group.captured] == [2, 1])
+        made.ask("b", max_tokens=3)
+        made.answer("b")
+        assert {plan.graph for plan in group.plans if len(plan.chunks) == 1 and not plan.starts} >= {1}
+
+
+def test_when_experts_have_moved_graphs_are_captured_anew() -> None:
+    with desk(graphs=(1,)) as made:
+        made.loop.wait_until_proved()
+        moved = replace(made.load.placement, number=1)
+        made.group.fetch(moved)
+        told: Future[bool] = Future()
+        made.loop.put(Move(moved, 1, 0, told))
+        assert told.result(WAIT_S)
+        eventually(lambda: [plan.placement for plan in made.group.captured] == [0, 1])
+
+
+def test_captures_that_fail_are_given_up_and_requests_served_all_the_same() -> None:
+    group = FakeGroup(64, 4)
+    group.failing_captures = 2
+    with desk(group, graphs=(2, 1)) as made:
+        made.loop.wait_until_proved()
+        assert group.epoch == 2
+        made.ask("a")
+        assert made.answer("a")[0] == alone((5, 6), 6)
+        assert group.captured == []
+
+
+def test_a_capture_that_fails_once_is_tried_again() -> None:
+    group = FakeGroup(64, 4)
+    group.failing_captures = 1
+    with desk(group, graphs=(2, 1)) as made:
+        made.loop.wait_until_proved()
+        assert [plan.capture for plan in group.captured] == [2, 1]

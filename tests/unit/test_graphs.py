@@ -11,7 +11,7 @@ import torch
 from model.config import MixtralConfig
 from model.device_exchange import padded_alone
 from model.exchange import OneRank, SlotLoad
-from model.graphs import PaddedSteps, graph_sizes
+from model.graphs import PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.shard import Shard
@@ -107,10 +107,3 @@ def test_texts_may_list_more_pages_than_there_are(rig: Rig) -> None:
     [span] = batch.spans
     longest = replace(batch, spans=(replace(span, runs=(*span.runs, *[(9, 1)] * 15)),))
     assert torch.equal(rig.graphs.replay(longest, 4, [1]), rig.graphs.replay(batch, 4, [1]))
-
-
-def test_a_graph_no_larger_than_it_must_be() -> None:
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(6) == [1, 2, 4, 6]
-    assert graph_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
-    assert graph_sizes(256)[-2:] == [240, 256]

@@ -44,6 +44,7 @@ WITHOUT_TORCH = {
     "cluster/scheduler.py",
     "cluster/kv_pool.py",
     "cluster/expert_load.py",
+    "cluster/graph_ladder.py",
     "cluster/admission.py",
     "cluster/data_group.py",
     "cluster/placement.py",
