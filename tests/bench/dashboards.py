@@ -30,6 +30,7 @@ from k8s.dashboards.generate import DASHBOARDS, OBJECTIVES
 from k8s.dashboards.panels import Query
 from tests.bench.dashboard_pictures import Series, draw
 from tests.e2e.server import eventually, free_port
+from tests.load import repeated
 
 ROOT = Path(__file__).parents[2]
 RATE_INTERVAL = "20s"
@@ -119,25 +120,13 @@ def relabelling() -> list[dict[str, Any]]:
 
 
 class Load:
-    """Answers of every kind, by two callers, until it is ended."""
+    """Work that asks for answers of every kind, as one of two callers, and how often it got which status."""
 
-    def __init__(self, url: str, threads: int) -> None:
+    def __init__(self, url: str) -> None:
         self._url = url
-        self._ended = threading.Event()
         self.statuses: dict[int, int] = {}
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(threads)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, number: int) -> None:
+    def __call__(self, number: int, ended: threading.Event) -> None:
         key = ("first", "second")[number % 2]
         prompt = (
             "Tell me what tokens, ranks and experts have to do with each other, and tell it slowly. " + "so " * number
@@ -147,7 +136,7 @@ class Load:
         if number == 0:
             body["temperature"] = -1  # a mistake of the caller's
         with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120) as client:
-            while not self._ended.wait(0.05 if number else 1.0):
+            while not ended.wait(0.05 if number else 1.0):
                 status = client.post(f"{self._url}/v1/completions", json=body).status_code
                 self.statuses[status] = self.statuses.get(status, 0) + 1
 
@@ -155,7 +144,8 @@ class Load:
 def run(url: str, seconds: float) -> dict[int, int]:
     """The load, a kill in its first third, and a rebalance in its second."""
     client = httpx.Client(base_url=url, headers={"Authorization": "Bearer first"}, timeout=60)
-    with client, Load(url, threads=24) as load:
+    load = Load(url)
+    with client, repeated(24, load):
         time.sleep(seconds / 3)
         victim = client.get("/health").json()["ranks"][1]
         os.kill(victim["pid"], signal.SIGKILL)

@@ -17,6 +17,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.server import free_port
+from tests.load import repeated
 
 pytestmark = [
     pytest.mark.usefixtures("local_ray"),
@@ -95,27 +96,15 @@ def shown_ready() -> set[str]:
 
 
 class Load:
-    """Threads that ask the same again and again, and what they were told."""
+    """Work that asks the same again and again, and what it was told."""
 
-    def __init__(self, url: str, threads: int) -> None:
+    def __init__(self, url: str) -> None:
         self._url = url
-        self._ended = threading.Event()
         self.answers: list[str] = []
-        self._threads = [threading.Thread(target=self._ask_again) for _ in range(threads)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask_again(self) -> None:
+    def __call__(self, number: int, ended: threading.Event) -> None:
         with httpx.Client(timeout=60) as client:
-            while not self._ended.is_set():
+            while not ended.is_set():
                 try:
                     self.answers.append(self._ask(client))
                 except (httpx.HTTPError, AssertionError, KeyError, ValueError) as error:
@@ -152,7 +141,8 @@ def test_nobody_notices_an_upgrade_nor_replicas_that_come_and_go(cluster: Cluste
     cluster.deploy({"num_replicas": 2})
     cluster.settle(2)
     before = cluster.replicas()
-    with Load(cluster.url, threads=3) as load:
+    load = Load(cluster.url)
+    with repeated(3, load):
         eventually(lambda: len(load.answers) >= 3, "answers before the upgrade")
         cluster.deploy({"num_replicas": 2}, kv_cache={"page_size": 32})
         eventually(lambda: "STARTING" in cluster.states(), "the upgrade begins")
