@@ -1,16 +1,20 @@
 """One rank: holds a shard of the weights and its pages, and turns plans into sampled tokens.
 
-It decides nothing. What it remembers between steps is, per sequence, what plans told it: page table, sampling
-parameters, the token sampled last. Knows no requests, no HTTP, no ray.
+    StepPlan ──prepare──▶ Prepared ──compute──▶ StepOutput ──result──▶ StepResult
+               host        (beside it)          waits for a device
 
-T rows of the step.  R rows whose hidden states are wanted.  D model width.  V vocabulary.
+It decides nothing. What it remembers between steps is, per sequence, what plans told it: page table, sampling
+parameters, the token sampled last. Knows no requests, no HTTP, no ray; who calls what from which thread is
+step_line.py's business.
+
+R rows whose hidden states are wanted.  M of these, that are sampled from.  D model width.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 
@@ -22,15 +26,14 @@ from cluster.canary import Canary, tokens_of_groups
 from cluster.config import EngineConfig
 from cluster.errors import CanaryFailed, StepFailed
 from cluster.held_experts import HeldExperts, fetch, hold
-from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, TokenLogprob, WorkerFacts
+from cluster.messages import Grammar, StepPlan, StepResult, StepTimes, WorkerFacts
 from cluster.messages import Routing as TokenRouting
 from cluster.padded_exchange import PaddedExchange
 from cluster.placement import Placement
 from cluster.rank_loader import RankLoader
-from cluster.rank_state import RankState, StepInput, Wanted
+from cluster.rank_state import RankState, StepInput
+from cluster.readout import Readout
 from cluster.routing import routing_of
-from cluster.sampling import choose, token_logprobs
-from cluster.step_input import StepTensors
 from cluster.step_output import OnTheWay, StepOutput
 from model.batch import Batch
 from model.comm import Groups
@@ -98,8 +101,9 @@ class Worker:
         if self._kv is None or self._kv.num_pages != num_pages:
             self._kv = None  # its memory is free before the new one's is taken
             self._kv = self._loader.pages(num_pages)
-        self._use(self._held)
         limits = self._config.scheduler
+        self._last_ids = torch.zeros(limits.max_running, dtype=torch.int64, device=self._loader.device)
+        self._use(self._held)
         self._state = RankState(
             self._tokenizer.eos_ids,
             self._model_config.vocab_size,
@@ -110,13 +114,20 @@ class Worker:
             group=self._group,
             samples=self._samples,
         )
-        self._last_ids = torch.zeros(limits.max_running, dtype=torch.int64, device=self._loader.device)
         self.next_step = self._next_computed = 0
 
     def _use(self, held: HeldExperts) -> None:
         """Compute with these experts from now on."""
         self._held = held
         self._model = Mixtral(self._model_config, held.weights, tensor=self._groups.tensor, stages=self._stages)
+        self._readout = Readout(
+            self._model,
+            self._groups.tensor,
+            self._last_ids,
+            self._stages,
+            samples=self._samples,
+            classifies=not self._model_config.is_language_model and held.weights.head is not None,
+        )
         self._tables = SlotTables(held.placement, self._loader.device)
         self._load = SlotLoad(self._model_config.num_hidden_layers, held.placement.slots_per_rank)
         self._canary = None
@@ -189,11 +200,11 @@ class Worker:
             hidden_RD = self._graphs.replay(tensors.batch, plan.graph, prepared.group_tokens)
         else:
             hidden_RD, routing = self._launch(prepared, tensors.batch)
-        prompt_logprobs = {w.state.start.seq: self._judge(w, hidden_RD) for w in step.judged}
-        ids_M, logprobs = self._sample(step, tensors, hidden_RD)
+        prompt_logprobs = self._readout.judge(step, hidden_RD)
+        ids_M, logprobs = self._readout.sample(step, tensors, hidden_RD)
         if not self._samples:
             return StepOutput(self._result(prepared), OnTheWay(ids_M[:0]))  # its result waits all the same
-        pooled = self._pool(step.pooled, hidden_RD)
+        pooled = self._readout.pool(step, hidden_RD)
         known = replace(
             self._result(prepared),
             seqs=tuple(state.start.seq for state in step.sampled),
@@ -256,56 +267,3 @@ class Worker:
         fault = self._canary.fault(self._model, exchange)
         if fault is not None:
             raise CanaryFailed(f"a canary found on rank {self.rank}: {fault}")
-
-    def _sample(
-        self, step: StepInput, tensors: StepTensors, hidden_RD: Tensor
-    ) -> tuple[Tensor, dict[int, TokenLogprob]]:
-        """The next token of each sequence: the first rank of a tensor group chooses, the others are told."""
-        logprobs: dict[int, TokenLogprob] = {}
-        if not step.sampled:
-            return tensors.seat, logprobs
-        hidden_MD = hidden_RD if len(hidden_RD) == len(step.sampled) else hidden_RD.index_select(0, tensors.sampled_row)
-        logits_MV = self._model.logits(hidden_MD)
-        self._stages.start("sample")
-        if self._samples:
-            sequences = [state.sampled for state in step.sampled if state.sampled is not None]
-            ids_M = choose(logits_MV, sequences)
-            top = {m: n for m, s in enumerate(sequences) if (n := s.sampling.logprobs) is not None}
-            if top:
-                found = token_logprobs(logits_MV[list(top)], ids_M[list(top)], list(top.values()))
-                logprobs = {step.sampled[m].start.seq: logprob for m, logprob in zip(top, found, strict=True)}
-        else:
-            ids_M = torch.empty(len(step.sampled), dtype=torch.int64, device=self._loader.device)
-        if self._groups.tensor.size > 1:
-            self._stages.start("exchange")
-            ids_M = self._groups.tensor.broadcast(ids_M, 0)
-        self._last_ids.index_copy_(0, tensors.seat, ids_M)
-        return ids_M, logprobs
-
-    def _judge(self, wanted: Wanted, hidden_RD: Tensor) -> tuple[TokenLogprob, ...]:
-        """What the model thought of the prompt tokens that follow the wanted rows."""
-        sampling = wanted.state.start.sampling
-        assert sampling is not None
-        assert sampling.prompt_logprobs is not None
-        found: list[TokenLogprob] = []
-        for first in range(0, len(wanted.targets), HEAD_ROWS):
-            targets = wanted.targets[first : first + HEAD_ROWS]
-            row = wanted.rows[0] + first
-            logits_RV = self._model.logits(hidden_RD[row : row + len(targets)])
-            if self._samples:
-                targets_R = torch.tensor(targets, device=self._loader.device)
-                found += token_logprobs(logits_RV, targets_R, [sampling.prompt_logprobs] * len(targets))
-        return tuple(found)
-
-    def _pool(self, wanted: Sequence[Wanted], hidden_RD: Tensor) -> dict[int, tuple[tuple[float, ...], ...]]:
-        """Add the wanted rows to their texts; the vectors of the texts that end. Scores where the model has labels."""
-        pooled = {}
-        for w in wanted:
-            state = w.state
-            assert state.pool is not None
-            rows_LD = hidden_RD[w.rows[0] : w.rows[-1] + 1]
-            classifies = not self._model_config.is_language_model and self._held.weights.head is not None
-            state.pool = state.pool.add(self._model.logits(rows_LD) if classifies else rows_LD)
-            if w.ends:
-                pooled[state.start.seq] = tuple(map(tuple, state.pool.result().tolist()))
-        return pooled
