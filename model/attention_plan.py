@@ -80,13 +80,13 @@ class Planner:
     def _alone(self, span: SequenceSpan) -> Alone:
         rows = slice(span.row, span.row + span.length)
         if span.length == 1:
-            return Alone(rows, self.in_sight(span))
+            return Alone(rows, self._in_sight(span))
         if self.window is not None and span.context > self.window:
-            return Alone(rows, self.in_sight(span), mask_LM=self._window_mask(span))
+            return Alone(rows, self._in_sight(span), mask_LM=self._window_mask(span))
         return Alone(rows, tuple(slot_runs(span, 0, span.context - span.length, self.page_size)), causal=True)
 
     def _together(self, spans: list[SequenceSpan]) -> Together:
-        slots = [torch.cat([torch.arange(run.start, run.stop) for run in self.in_sight(span)]) for span in spans]
+        slots = [torch.cat([torch.arange(run.start, run.stop) for run in self._in_sight(span)]) for span in spans]
         slots_BM = pad_sequence(slots, batch_first=True)
         hidden_BM = torch.arange(slots_BM.shape[1]) >= torch.tensor([len(x) for x in slots])[:, None]
         # Filled with the sequence's own: what another one left in memory must not reach it, not even times zero.
@@ -107,13 +107,21 @@ class Planner:
         """What to add to scores."""
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(self.device)
 
-    def in_sight(self, span: SequenceSpan) -> tuple[slice, ...]:
-        """Where the keys lie that any row of the span sees."""
-        return tuple(slot_runs(span, self._oldest(span), span.context, self.page_size))
+    def _in_sight(self, span: SequenceSpan) -> tuple[slice, ...]:
+        return in_sight(span, self.window, self.page_size)
 
     def _oldest(self, span: SequenceSpan) -> int:
-        """The first token that any row of the span sees."""
-        return 0 if self.window is None else max(0, span.context - span.length + 1 - self.window)
+        return oldest_in_sight(span, self.window)
+
+
+def oldest_in_sight(span: SequenceSpan, window: int | None) -> int:
+    """The first token that any row of the span sees."""
+    return 0 if window is None else max(0, span.context - span.length + 1 - window)
+
+
+def in_sight(span: SequenceSpan, window: int | None, page_size: int) -> tuple[slice, ...]:
+    """Where the keys lie that any row of the span sees."""
+    return tuple(slot_runs(span, oldest_in_sight(span, window), span.context, page_size))
 
 
 def slot_runs(span: SequenceSpan, first: int, last: int, page_size: int) -> Iterator[slice]:

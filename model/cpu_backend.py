@@ -37,10 +37,9 @@ class CpuBackend:
         return exchange
 
     def attention(self, batch: Batch, kv: KVCache) -> StepAttention:
-        return CpuAttention(self._planner(kv), batch, kv, self._rotary.angles(batch.position_T, self._dtype))
-
-    def _planner(self, kv: KVCache) -> Planner:
-        return Planner(kv.page_size, kv.bytes_per_key, self._config.sliding_window, self._dtype, self._device)
+        angles = self._rotary.angles(batch.position_T, self._dtype)
+        planner = Planner(kv.page_size, kv.bytes_per_key, self._config.sliding_window, self._dtype, self._device)
+        return CpuAttention(planner, batch, kv, angles)
 
     def decode_graphs(self, steps: PaddedSteps, run: Run) -> DecodeGraphs:
         raise AssertionError("a CPU has no graphs")

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "pages.h"
 #include "share.h"
 
 #define KEYS 16
@@ -35,27 +36,6 @@ void turn_and_store(bf16 *heads, int64_t T, int64_t H, int64_t G, int64_t C, con
         memcpy(keys + slot[t] * G * C, row + H * C, G * C * sizeof(bf16));
         memcpy(values + slot[t] * G * C, row + (H + G) * C, G * C * sizeof(bf16));
     }
-}
-
-// Where in its runs a row is.
-typedef struct {
-    const int64_t *run;
-    int64_t at, left;
-} Cursor;
-
-// The next keys' slots, 16 at most. Behind the last key its own slot, so that something may be read there.
-INLINE int64_t next_slots(Cursor *cursor, int64_t slots[KEYS]) {
-    const int64_t count = cursor->left < KEYS ? cursor->left : KEYS;
-    for (int64_t j = 0; j < KEYS; j++) {
-        if (j >= count) {
-            slots[j] = slots[count - 1];
-            continue;
-        }
-        if (cursor->at == cursor->run[1]) cursor->run += 2, cursor->at = 0;
-        slots[j] = cursor->run[0] + cursor->at++;
-    }
-    cursor->left -= count;
-    return count;
 }
 
 // Two vectors become one: the sums of each one's halves, which lie two lanes apart, or side by side.
@@ -111,24 +91,20 @@ INLINE float softmax(float *scores, int64_t M, float scale) {
 
 // The weighted sum of values, for Q queries and N sixteens of dimensions.
 INLINE void weigh(const int Q, const int N, const float *weights, int64_t weights_stride, const float *sums,
-                  const bf16 *values, Cursor cursor, int64_t stride, bf16 *out, int64_t C) {
+                  const bf16 *values, Cursor cursor, int64_t M, int64_t stride, bf16 *out, int64_t C) {
     __m512 total[TOGETHER][TOGETHER];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) total[q][n] = _mm512_setzero_ps();
-    for (int64_t m = 0; cursor.left;) {
-        int64_t slots[KEYS];
-        const int64_t count = next_slots(&cursor, slots);
-        for (int64_t j = 0; j < count; j++, m++) {
-            const bf16 *const value = values + slots[j] * stride;
+    for (int64_t m = 0; m < M; m++) {
+        const bf16 *const value = values + next_slot(&cursor) * stride;
 #pragma GCC unroll 4
-            for (int n = 0; n < N; n++) {
-                const __m512 part = load_bf16(value + n * 16);
+        for (int n = 0; n < N; n++) {
+            const __m512 part = load_bf16(value + n * 16);
 #pragma GCC unroll 4
-                for (int q = 0; q < Q; q++)
-                    total[q][n] = _mm512_fmadd_ps(part, _mm512_set1_ps(weights[q * weights_stride + m]), total[q][n]);
-            }
+            for (int q = 0; q < Q; q++)
+                total[q][n] = _mm512_fmadd_ps(part, _mm512_set1_ps(weights[q * weights_stride + m]), total[q][n]);
         }
     }
 #pragma GCC unroll 4
@@ -140,20 +116,20 @@ INLINE void weigh(const int Q, const int N, const float *weights, int64_t weight
 
 // As many queries as share a key-value head, by four; their dimensions by four sixteens, or two.
 INLINE void weigh_all(const int Q, const float *weights, int64_t weights_stride, const float *sums, const bf16 *values,
-                      Cursor cursor, int64_t stride, bf16 *out, int64_t C) {
+                      Cursor cursor, int64_t M, int64_t stride, bf16 *out, int64_t C) {
     int64_t c = 0;
-    for (; c + 64 <= C; c += 64) weigh(Q, 4, weights, weights_stride, sums, values + c, cursor, stride, out + c, C);
-    if (c < C) weigh(Q, 2, weights, weights_stride, sums, values + c, cursor, stride, out + c, C);
+    for (; c + 64 <= C; c += 64) weigh(Q, 4, weights, weights_stride, sums, values + c, cursor, M, stride, out + c, C);
+    if (c < C) weigh(Q, 2, weights, weights_stride, sums, values + c, cursor, M, stride, out + c, C);
 }
 
 // One row and one key-value head. scores: room for Q times M, each M rounded up to 16.
 static void attend_head(const bf16 *query, int64_t Q, int64_t C, const bf16 *keys, const bf16 *values, int64_t stride,
-                        Cursor cursor, float scale, float *scores, bf16 *out) {
-    const int64_t M = cursor.left, padded = (M + KEYS - 1) / KEYS * KEYS;
+                        Cursor cursor, int64_t M, float scale, float *scores, bf16 *out) {
+    const int64_t padded = (M + KEYS - 1) / KEYS * KEYS;
     Cursor reading = cursor;
     for (int64_t m = 0; m < M; m += KEYS) {
         int64_t slots[KEYS];
-        next_slots(&reading, slots);
+        next_slots(&reading, M - m < KEYS ? M - m : KEYS, KEYS, slots);
         for (int64_t q = 0; q < Q; q++)
             _mm512_storeu_ps(scores + q * padded + m, scores_of(query + q * C, keys, slots, stride, C));
     }
@@ -163,10 +139,10 @@ static void attend_head(const bf16 *query, int64_t Q, int64_t C, const bf16 *key
         for (int64_t q = 0; q < count; q++) sums[q] = softmax(weights + q * padded, M, scale);
         bf16 *const to = out + first * C;
         switch (count) {
-        case 1: weigh_all(1, weights, padded, sums, values, cursor, stride, to, C); break;
-        case 2: weigh_all(2, weights, padded, sums, values, cursor, stride, to, C); break;
-        case 3: weigh_all(3, weights, padded, sums, values, cursor, stride, to, C); break;
-        case 4: weigh_all(4, weights, padded, sums, values, cursor, stride, to, C); break;
+        case 1: weigh_all(1, weights, padded, sums, values, cursor, M, stride, to, C); break;
+        case 2: weigh_all(2, weights, padded, sums, values, cursor, M, stride, to, C); break;
+        case 3: weigh_all(3, weights, padded, sums, values, cursor, M, stride, to, C); break;
+        case 4: weigh_all(4, weights, padded, sums, values, cursor, M, stride, to, C); break;
         }
     }
 }
@@ -186,7 +162,7 @@ void attend(const bf16 *queries, int64_t query_stride, const int64_t *row, int64
             for (int64_t g = 0; g < G; g++)
                 if (mine(&share, keys_of[b]))
                     attend_head(queries + row[b] * query_stride + g * Q * C, Q, C, keys + g * C, values + g * C, G * C,
-                                (Cursor){runs + 2 * first_run[b], 0, keys_of[b]}, scale,
+                                (Cursor){runs + 2 * first_run[b], 0}, keys_of[b], scale,
                                 scores + omp_get_thread_num() * room, out + row[b] * H * C + g * Q * C);
     }
 }

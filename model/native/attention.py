@@ -1,4 +1,4 @@
-"""Attention by the compiled kernels: heads turned and stored, single rows over the pages of their context.
+"""Attention by the compiled kernels: heads turned and stored; rows, alone or many of a sequence, over their pages.
 
 T: rows of the step.  B: rows that attend alone.  H, G: query and key-value heads.  C: head_dim.  N: slots of pages.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from model.native.library import kernels
 
 MULTIPLE = 32  # of which head_dim has to be one
+BLOCK_ROWS = 128  # of queries that read a block of keys together
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +28,44 @@ class Rows:
     most_keys: int
 
     @classmethod
-    def of(cls, runs_of: Sequence[tuple[int, Sequence[slice]]]) -> Rows:
+    def of(cls, row_B: Sequence[int], runs_B: Sequence[Sequence[slice]]) -> Rows:
         """From each row and the runs of slots that its keys lie in."""
-        first_run: list[int] = []
-        keys: list[int] = []
-        flat: list[int] = []
-        for _, runs in runs_of:
-            first_run.append(len(flat) // 2)
-            for run in runs:
-                flat += (run.start, run.stop - run.start)
-            keys.append(sum(flat[2 * first_run[-1] + 1 :: 2]))
-        row_B, keys_B, first_run_B, run_numbers = (
-            torch.tensor(numbers, dtype=torch.int64) for numbers in ([row for row, _ in runs_of], keys, first_run, flat)
-        )
-        return cls(row_B, keys_B, first_run_B, run_numbers, max(keys))
+        keys_B, first_run_B, runs = listed(runs_B)
+        return cls(numbers(row_B), numbers(keys_B), numbers(first_run_B), runs, max(keys_B))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Rows that follow one another in the batch and in a sequence: each sees the keys up to its own."""
+
+    chunks: Tensor  # (B, 4): first row, rows, keys of the last row, where those begin among
+    runs: Tensor  # (first slot, slots), one after another
+    window: int  # keys a row sees; 0: all
+
+    @classmethod
+    def of(cls, rows_B: Sequence[range], runs_B: Sequence[Sequence[slice]], window: int | None) -> Chunks:
+        """From each chunk's rows and the runs of slots that the keys lie in which any of them sees."""
+        keys_B, first_run_B, runs = listed(runs_B)
+        quadruples = zip(rows_B, keys_B, first_run_B, strict=True)
+        chunks = numbers([n for rows, *others in quadruples for n in (rows.start, len(rows), *others)])
+        return cls(chunks.view(-1, 4), runs, window or 0)
+
+
+def listed(runs_B: Sequence[Sequence[slice]]) -> tuple[list[int], list[int], Tensor]:
+    """How many slots each has, which run is its first, and all runs."""
+    first_run_B = [0]
+    for runs in runs_B:
+        first_run_B.append(first_run_B[-1] + len(runs))
+    keys_B = [sum(run.stop - run.start for run in runs) for runs in runs_B]
+    return (
+        keys_B,
+        first_run_B[:-1],
+        numbers([n for runs in runs_B for run in runs for n in (run.start, run.stop - run.start)]),
+    )
+
+
+def numbers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def turn_and_store(
@@ -91,6 +116,33 @@ def attend(heads_THC: Tensor, memory: tuple[Tensor, Tensor], rows: Rows, out_THC
         C**-0.5,
         scores.data_ptr(),
         rows.most_keys,
+        out_THC.data_ptr(),
+        threads,
+    )
+
+
+def attend_chunks(heads_THC: Tensor, memory: tuple[Tensor, Tensor], chunks: Chunks, out_THC: Tensor) -> None:
+    """Write what the chunks' queries, the first heads, find to their rows of out. Their own keys are in memory."""
+    key_NGC, value_NGC = memory
+    threads = torch.get_num_threads()
+    _, H, C = out_THC.shape
+    G = key_NGC.shape[1]
+    tokens = max(1, BLOCK_ROWS * G // H)
+    room = torch.empty(threads * kernels().bytes_of_room(tokens * (H // G), C), dtype=torch.uint8)
+    kernels().attend_chunks(
+        heads_THC.data_ptr(),
+        chunks.chunks.data_ptr(),
+        len(chunks.chunks),
+        chunks.window,
+        H,
+        G,
+        C,
+        key_NGC.data_ptr(),
+        value_NGC.data_ptr(),
+        chunks.runs.data_ptr(),
+        C**-0.5,
+        tokens,
+        room.data_ptr(),
         out_THC.data_ptr(),
         threads,
     )

@@ -1,6 +1,6 @@
 """How a CPU with AVX-512 BF16 computes a block in bfloat16: by the compiled kernels of this folder.
 
-What they have no form for stays as cpu_backend.py does it: several rows of one sequence at once, quantised experts.
+What they have no form for stays as cpu_backend.py does it: quantised experts.
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.  K: experts per token.
 H, G: query and key-value heads.  C: head_dim.
@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.attention import paged_attention
-from model.attention_plan import Planner
+from model.attention_plan import in_sight
 from model.backend import Experts
 from model.batch import Batch
 from model.config import MixtralConfig
@@ -23,6 +22,7 @@ from model.exchange import Dispatched, Exchange, OneRank
 from model.kv_cache import KVCache
 from model.moe import Routing
 from model.native import attention, rows
+from model.native.attention import Chunks, Rows
 from model.native.library import has_kernels
 from model.native.linear import NativeExperts, NativeLinear
 from model.weights import ExpertWeights
@@ -38,7 +38,8 @@ class NativeBackend(CpuBackend):
         return NativeOneRank(exchange) if isinstance(exchange, OneRank) else exchange
 
     def attention(self, batch: Batch, kv: KVCache) -> NativeAttention:
-        return NativeAttention(self._planner(kv), batch, kv, self._rotary.angles(batch.position_T, self._dtype))
+        angles = self._rotary.angles(batch.position_T, self._dtype)
+        return NativeAttention(batch, kv, angles, self._config.sliding_window)
 
     def experts(self, experts: Sequence[ExpertWeights]) -> Experts:
         gate_up = [expert.gate_up for expert in experts if isinstance(expert.gate_up, NativeLinear)]
@@ -58,27 +59,29 @@ class NativeBackend(CpuBackend):
 
 
 class NativeAttention:
-    def __init__(self, planner: Planner, batch: Batch, kv: KVCache, angles: tuple[Tensor, Tensor]) -> None:
-        single = [(span.row, planner.in_sight(span)) for span in batch.spans if span.length == 1]
-        self._rows = attention.Rows.of(single) if single else None
+    def __init__(self, batch: Batch, kv: KVCache, angles: tuple[Tensor, Tensor], window: int | None) -> None:
+        size = kv.page_size
+        single = [span for span in batch.spans if span.length == 1]
         chunks = [span for span in batch.spans if span.length > 1]
-        self._plan = planner.plan(chunks) if chunks else None
+        self._rows = self._chunks = None
+        if single:
+            self._rows = Rows.of([span.row for span in single], [in_sight(span, window, size) for span in single])
+        if chunks:
+            rows = [range(span.row, span.row + span.length) for span in chunks]
+            self._chunks = Chunks.of(rows, [in_sight(span, window, size) for span in chunks], window)
         self._slot_T = batch.slot_T
         self._kv = kv
         self._angles = angles
 
     def __call__(self, layer: int, heads_THC: Tensor) -> Tensor:
         memory = self._kv.layer(layer)
-        G = memory[0].shape[1]
-        H = heads_THC.shape[1] - 2 * G
+        T, heads, C = heads_THC.shape
         attention.turn_and_store(heads_THC, self._angles, self._slot_T, memory)
-        query_THC, key_TGC, value_TGC = heads_THC[:, :H], heads_THC[:, H : H + G], heads_THC[:, H + G :]
-        if self._plan is None:
-            out_THC = query_THC.new_empty(query_THC.shape)
-        else:
-            out_THC = paged_attention(query_THC, key_TGC, value_TGC, memory, self._plan)
+        out_THC = heads_THC.new_empty(T, heads - 2 * memory[0].shape[1], C)
         if self._rows is not None:
             attention.attend(heads_THC, memory, self._rows, out_THC)
+        if self._chunks is not None:
+            attention.attend_chunks(heads_THC, memory, self._chunks, out_THC)
         return out_THC
 
 

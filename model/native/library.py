@@ -34,6 +34,8 @@ ARGUMENTS: dict[str, str] = {  # a: address, n: number, r: real
     "experts": "aan aann aan",
     "turn_and_store": "annnn aaaaa n",
     "attend": "an annnn aa aaa ran an",
+    "attend_chunks": "aannnnn aaa rna an",
+    "bytes_of_room": "nn",
     "norm": "anna ran",
     "add_norm": "aanna raan",
     "route": "anna nn aaan",
@@ -76,6 +78,7 @@ def find() -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.argtypes = [TYPES[letter] for letter in arguments.replace(" ", "")]
         function.restype = None
+    library.bytes_of_room.restype = Size
     return library
 
 

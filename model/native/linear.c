@@ -9,21 +9,22 @@
 
 #include "share.h"
 
-INLINE void keep(int M, const __m512 left[TILE_ROWS], const __m512 right[TILE_ROWS], bf16 *y, int64_t y_stride) {
+INLINE void keep(int M, const __m512 left[TILE_ROWS], const __m512 right[TILE_ROWS], char *y, int64_t y_stride) {
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-        store_bf16(y + m * y_stride, left[m]);
-        store_bf16(y + m * y_stride + PANEL, right[m]);
+        bf16 *const row = (bf16 *)(y + m * y_stride);
+        store_bf16(row, left[m]);
+        store_bf16(row + PANEL, right[m]);
     }
 }
 
 // silu(gate) * up, before anything is rounded.
-INLINE void swiglu(int M, const __m512 gate[TILE_ROWS], const __m512 up[TILE_ROWS], bf16 *y, int64_t y_stride) {
+INLINE void swiglu(int M, const __m512 gate[TILE_ROWS], const __m512 up[TILE_ROWS], char *y, int64_t y_stride) {
     const __m512 one = _mm512_set1_ps(1.0f);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
         const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate[m]))));
-        store_bf16(y + m * y_stride, _mm512_mul_ps(_mm512_mul_ps(gate[m], sigmoid), up[m]));
+        store_bf16((bf16 *)(y + m * y_stride), _mm512_mul_ps(_mm512_mul_ps(gate[m], sigmoid), up[m]));
     }
 }
 
@@ -31,14 +32,16 @@ static void linear_strips(Share *share, const bf16 *x, int64_t x_stride, int64_t
                           int64_t O, bf16 *y) {
     for (int64_t panel = 0; panel < O / PANEL; panel += 2)
         if (mine(share, cost(T)))
-            strip(T, x, x_stride, I, panels_at(packed, panel, panel + 1, 2, I), keep, y + panel * PANEL, O);
+            strip(T, x, x_stride, I, panels_at(packed, panel, panel + 1, 2, I), keep, y + panel * PANEL,
+                  O * sizeof(bf16));
 }
 
 static void gate_up_strips(Share *share, const bf16 *x, int64_t T, int64_t D, const bf16 *packed, int64_t F,
                            bf16 *hidden) {
     for (int64_t panel = 0; panel < F / PANEL; panel++)
         if (mine(share, cost(T)))
-            strip(T, x, D, D, panels_at(packed, panel, F / PANEL + panel, 1, D), swiglu, hidden + panel * PANEL, F);
+            strip(T, x, D, D, panels_at(packed, panel, F / PANEL + panel, 1, D), swiglu, hidden + panel * PANEL,
+                  F * sizeof(bf16));
 }
 
 void linear(const bf16 *x, int64_t x_stride, int64_t T, const bf16 *packed, int64_t O, int64_t I, bf16 *y,

@@ -52,19 +52,20 @@ INLINE void multiply(const int M, const bf16 *x, int64_t x_stride, int64_t I, Pa
     for (int m = 0; m < M; m++) left[m] = a[m], right[m] = b[m];
 }
 
-// What becomes of a tile's sums: they are the features `column` and on of M rows of y.
-typedef void (*Finish)(int M, const __m512 left[TILE_ROWS], const __m512 right[TILE_ROWS], bf16 *y, int64_t y_stride);
+// What becomes of a tile's sums. y: where the first row's belong; the next row's come y_stride bytes later.
+typedef void (*Finish)(int M, const __m512 left[TILE_ROWS], const __m512 right[TILE_ROWS], char *y, int64_t y_stride);
 
 INLINE void tile(const int M, const bf16 *x, int64_t x_stride, int64_t I, Panels w, int64_t fetch, Finish finish,
-                 bf16 *y, int64_t y_stride) {
+                 char *y, int64_t y_stride) {
     __m512 left[TILE_ROWS], right[TILE_ROWS];
     multiply(M, x, x_stride, I, w, fetch, left, right);
     finish(M, left, right, y, y_stride);
 }
 
 // All rows of x by two panels.
-INLINE void strip(int64_t M, const bf16 *x, int64_t x_stride, int64_t I, Panels w, Finish finish, bf16 *y,
+INLINE void strip(int64_t M, const bf16 *x, int64_t x_stride, int64_t I, Panels w, Finish finish, void *to,
                   int64_t y_stride) {
+    char *y = to;
     const int64_t tiles = (M + TILE_ROWS - 1) / TILE_ROWS, fetch = 4 * PANEL / tiles;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t rows = M / (tiles - t); // as even as can be

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from model.attention import attend as oracle
 from model.native import library
-from model.native.attention import Rows, attend, turn_and_store
+from model.native.attention import Chunks, Rows, attend, attend_chunks, turn_and_store
 from model.rotary import rotate
 
 pytestmark = pytest.mark.skipif(
@@ -34,6 +35,10 @@ def runs_of(keys: int, slots: int, rng: random.Random) -> list[slice]:
     return runs
 
 
+def rows_of(rows: Sequence[tuple[int, Sequence[slice]]]) -> Rows:
+    return Rows.of([row for row, _ in rows], [runs for _, runs in rows])
+
+
 @pytest.mark.parametrize(("H", "G", "C"), HEADS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_single_rows_attend_to_keys_wherever_they_lie(H: int, G: int, C: int, threads: int) -> None:
@@ -45,7 +50,7 @@ def test_single_rows_attend_to_keys_wherever_they_lie(H: int, G: int, C: int, th
     out_THC = torch.full((12, H, C), 7.0).bfloat16()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    attend(heads_THC, memory, Rows.of(rows), out_THC)
+    attend(heads_THC, memory, rows_of(rows), out_THC)
     torch.set_num_threads(before)
     for row, runs in rows:
         key_MGC, value_MGC = (torch.cat([part[run] for run in runs]).float() for part in memory)
@@ -61,10 +66,41 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     rows = [(row, runs_of(keys, 200, rng)) for row, keys in enumerate([40, 3, 200])]
     heads_THC = normal(3, 8, 64)
     together, alone = (torch.empty(3, 4, 64, dtype=torch.bfloat16) for _ in range(2))
-    attend(heads_THC, memory, Rows.of(rows), together)
+    attend(heads_THC, memory, rows_of(rows), together)
     for one in rows:
-        attend(heads_THC, memory, Rows.of([one]), alone)
+        attend(heads_THC, memory, rows_of([one]), alone)
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize(("H", "G", "C"), HEADS)
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_attend_to_what_came_before_and_to_themselves(
+    H: int, G: int, C: int, window: int | None, threads: int
+) -> None:
+    rng = random.Random(H * C + (window or 0))
+    memory = normal(700, G, C), normal(700, G, C, seed=1)
+    lengths, contexts, first = [2, 33, 150, 17], [2, 300, 150, 41], 3
+    heads_THC = normal(sum(lengths) + 5, H + 2 * G, C, seed=2)
+    out_THC = torch.full((len(heads_THC), H, C), 7.0).bfloat16()
+    rows, runs, expected = [], [], []
+    for length, context in zip(lengths, contexts, strict=True):
+        rows.append(range(first, first + length))
+        oldest = 0 if window is None else max(0, context - length + 1 - window)
+        runs.append(runs_of(context - oldest, 700, rng))
+        key_MGC, value_MGC = (torch.cat([part[run] for run in runs[-1]]).float() for part in memory)
+        position_L1, key_M = torch.arange(context - length, context)[:, None], torch.arange(oldest, context)
+        seen_LM = (key_M <= position_L1) & (key_M > position_L1 - (window or context))
+        mask_LM = torch.zeros(seen_LM.shape).masked_fill_(~seen_LM, float("-inf"))
+        expected.append(oracle(heads_THC[rows[-1], :H].float(), key_MGC, value_MGC, mask_LM=mask_LM)[0])
+        first += length
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    attend_chunks(heads_THC, memory, Chunks.of(rows, runs, window), out_THC)
+    torch.set_num_threads(before)
+    torch.testing.assert_close(out_THC[3:first].float(), torch.cat(expected), rtol=2**-6, atol=2**-6)
+    assert torch.all(out_THC[:3] == 7)
+    assert torch.all(out_THC[first:] == 7)
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
@@ -72,7 +108,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     key[3], key[17] = 300, -300
     memory = key, normal(20, 1, 32)
     out_THC = torch.empty(1, 1, 32, dtype=torch.bfloat16)
-    attend(torch.full((1, 3, 32), 300.0).bfloat16(), memory, Rows.of([(0, [slice(0, 20)])]), out_THC)
+    attend(torch.full((1, 3, 32), 300.0).bfloat16(), memory, rows_of([(0, [slice(0, 20)])]), out_THC)
     assert torch.equal(out_THC[0, 0], memory[1][3, 0])
 
 
