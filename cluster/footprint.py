@@ -1,4 +1,4 @@
-"""What one rank of a layout has to hold: bytes of weights, of each token's keys and values, of a step's workspace.
+"""What one rank of a layout has to hold: bytes of weights, of each token's keys and values, of what steps need besides.
 
 Arithmetic on the model's shape alone: nothing is read and no device is asked. `mixtral-serve plan` compares layouts
 with it, and a rank refuses by it before it reads what cannot fit.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.config import ParallelConfig
+from cluster.graph_ladder import graph_exchange, graph_sizes
 from model.comm import split_rows
 from model.config import MixtralConfig
 from model.quantization import Mode, stored_bytes
@@ -19,6 +20,12 @@ from model.shard import Shard
 
 # Bytes that a matrix of so many rows and columns takes as it is kept.
 MatrixBytes = Callable[[int, int], int]
+
+# On the safe side, by what others report: nobody has measured them here.
+COMMUNICATOR_BYTES = 1 << 30  # NCCL's buffers for one group of ranks
+KERNELS_PER_LAYER = 16  # collectives included
+KERNEL_BYTES = 16 << 10  # that the driver keeps of each in a graph
+SPLITS = 8  # of a text's keys, where there are many texts (model/kernels/paged_decode.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +37,19 @@ class Footprint:
     head: int  # of a language model, tied or not: it is kept in the layout that multiplies
     other: int  # norms and routers
     kv_per_token: int
-    workspace: int  # an upper bound of what a full step needs beside them
+    # Upper bounds of what a GPU needs beside these.
+    workspace: int  # a full step
+    graphs: int  # decode steps, captured
+    communicators: int  # the other ranks
 
     @property
     def weights(self) -> int:
         return self.attention + self.experts + self.embedding + self.head + self.other
+
+    @property
+    def beside(self) -> int:
+        """Of a GPU: what is left beside weights and pages. On a CPU what is left over is plenty."""
+        return self.workspace + self.graphs + self.communicators
 
 
 def matrix_bytes(mode: Mode | None, itemsize: int) -> MatrixBytes:
@@ -74,4 +89,21 @@ def footprint(
         other=(layers * (2 * D + model.num_local_experts * D) + D) * itemsize,
         kv_per_token=2 * layers * keys * itemsize,
         workspace=(3 * max_step_tokens * D + widest) * itemsize + 2 * max_running * model.vocab_size * 4,
+        graphs=_graphs(model, parallel, itemsize, max_running, queries=queries, keys=keys, F=F),
+        communicators=COMMUNICATOR_BYTES * ((parallel.ranks > 1) + (1 < parallel.tensor < parallel.ranks)),
     )
+
+
+def _graphs(
+    model: MixtralConfig, parallel: ParallelConfig, itemsize: int, max_running: int, *, queries: int, keys: int, F: int
+) -> int:
+    """All share the memory that the largest computes in; each keeps what it gives, and the driver its kernels."""
+    if graph_exchange(parallel) == "all_to_all":
+        return 0
+    D, sizes = model.hidden_size, graph_sizes(max_running)
+    tokens = max_running * parallel.data  # every group is padded to as many rows
+    experts = tokens * model.num_experts_per_tok * (F * itemsize + D * 4)
+    attention = max_running * ((2 * queries + 2 * keys) * itemsize + SPLITS * queries * 4)
+    computing = 3 * tokens * D * itemsize + tokens * D * 4 + max(experts, attention)
+    kernels = len(sizes) * model.num_hidden_layers * KERNELS_PER_LAYER * KERNEL_BYTES
+    return computing + sum(sizes) * D * itemsize + kernels

@@ -93,7 +93,7 @@ def estimate(
         max_running=config.scheduler.max_running,
     )
     on_one_device = parallel.ranks if config.device == "cpu" else 1
-    beside = holds.workspace if config.device == "cuda" else 0  # on a CPU what is left over is plenty
+    beside = holds.beside if config.device == "cuda" else 0
     free = hardware.memory - RESERVED_BYTES[config.device] - holds.weights * on_one_device - beside
     if free <= 0:
         return Estimate(layout, holds, lacks=-free)

@@ -96,8 +96,8 @@ class RankLoader:
         return KVCache.bytes_per_page(self.model_config, self._shard, self._config.kv.page_size, self.dtype)
 
     def bytes_for_pages(self) -> int:
-        """What is free now; on a GPU, beside what a step needs."""
-        return max(0, self._free_bytes() - (self._holds.workspace if self.device.type == "cuda" else 0))
+        """What is free now; on a GPU, beside what steps, graphs and other ranks need."""
+        return max(0, self._free_bytes() - (self._holds.beside if self.device.type == "cuda" else 0))
 
     def _refuse_what_is_too_large(self) -> None:
         lacks = self._holds.weights - self._free_bytes()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cluster.config import ParallelConfig
-from cluster.footprint import footprint
+from cluster.footprint import COMMUNICATOR_BYTES, Footprint, footprint
 from cluster.placement import even_placement
 from model.checkpoint import load_weights
-from model.config import load_config
+from model.config import MixtralConfig, load_config
 from model.kv_cache import KVCache
 from model.shard import Shard
 from model.weights import MixtralWeights
@@ -54,3 +54,24 @@ def test_equals_what_rank_0_loads(tmp_path: Path, tensor: int, tied: bool) -> No
     assert {part: getattr(holds, part) for part in found} == found
     assert holds.weights == sum(found.values())
     assert holds.kv_per_token == KVCache.bytes_per_page(model, shard, 1, torch.float32)
+
+
+def held(parallel: ParallelConfig, max_running: int = 256) -> Footprint:
+    return footprint(
+        MixtralConfig.from_dict({}, "8x7B"), parallel, itemsize=2,
+        matrix_bytes=lambda height, width: 2 * height * width, max_step_tokens=2048, max_running=max_running,
+    )  # fmt: skip
+
+
+def test_graphs_are_planned_where_there_are_any() -> None:
+    alone = held(ParallelConfig())
+    assert held(ParallelConfig(), max_running=8).graphs < alone.graphs < 1 << 30
+    assert held(ParallelConfig(tensor=2, exchange="all_to_all")).graphs == 0, "which cannot be captured"
+    assert held(ParallelConfig(tensor=4)).graphs < alone.graphs, "each has fewer heads"
+    assert held(ParallelConfig(data=4)).graphs > alone.graphs, "every group is padded to as many rows"
+    assert alone.beside == alone.workspace + alone.graphs
+
+
+@pytest.mark.parametrize(("tensor", "data", "groups"), [(1, 1, 0), (2, 1, 1), (1, 2, 1), (2, 2, 2)])
+def test_every_group_of_other_ranks_has_buffers(tensor: int, data: int, groups: int) -> None:
+    assert held(ParallelConfig(tensor=tensor, data=data)).communicators == groups * COMMUNICATOR_BYTES

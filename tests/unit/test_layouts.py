@@ -32,13 +32,13 @@ def test_every_layout_uses_all_devices_and_is_named_once(devices: int) -> None:
 def test_what_does_not_fit_lacks_bytes() -> None:
     """93 GB of weights and a GPU of 80 GiB."""
     alone = estimate(MODEL, Layout(1, ParallelConfig(expert=1)), H100, CONFIG, SIXTEEN_BIT)
-    assert alone.lacks == alone.footprint.weights + alone.footprint.workspace + (640 << 20) - H100.memory > 0
+    assert alone.lacks == alone.footprint.weights + alone.footprint.beside + (640 << 20) - H100.memory > 0
     assert not estimate(MODEL, Layout(1, ParallelConfig(tensor=2, expert=2)), H100, CONFIG, SIXTEEN_BIT).lacks
 
 
 def test_too_little_for_one_sequence_does_not_fit() -> None:
     holds = estimate(MODEL, Layout(1, ParallelConfig(expert=1)), H100, CONFIG, SIXTEEN_BIT).footprint
-    barely = Hardware("barely", holds.weights + holds.workspace + (700 << 20), 1e12, 1e15, 1e11)
+    barely = Hardware("barely", holds.weights + holds.beside + (700 << 20), 1e12, 1e15, 1e11)
     assert estimate(MODEL, Layout(1, ParallelConfig(expert=1)), barely, CONFIG, SIXTEEN_BIT).lacks > 0
 
 
