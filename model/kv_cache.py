@@ -11,6 +11,9 @@ values that already lie in shared pages are written there a second time, and nev
 
 from __future__ import annotations
 
+import mmap
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -36,16 +39,8 @@ class KVCache:
         self.scratch_slot = num_pages * page_size  # for any number of rows at once
         heads = config.local_kv_heads(shard)
         self.bytes_per_key = heads * config.head_dim * dtype.itemsize
-        # The operating system hands out zeroed memory as it is first written: what nobody needs yet costs nothing.
-        memory = torch.zeros(
-            config.num_hidden_layers,
-            2,
-            (num_pages + 1) * page_size,
-            heads,
-            config.head_dim,
-            dtype=dtype,
-            device=device,
-        )
+        shape = config.num_hidden_layers, 2, (num_pages + 1) * page_size, heads, config.head_dim
+        memory = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self._layers = tuple((layer[0], layer[1]) for layer in memory)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -62,3 +57,12 @@ class KVCache:
         """Over all layers, keys and values."""
         heads = config.local_kv_heads(shard)
         return 2 * config.num_hidden_layers * page_size * heads * config.head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What nobody has written yet costs nothing: the operating system hands out zeroed memory page by page.
+
+    torch.zeros would write all of it, gigabytes, before the first request.
+    """
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -55,3 +57,16 @@ def test_what_is_written_to_scratch_is_in_no_page() -> None:
     kv.write(0, slots, torch.ones(3, 2, 16), torch.ones(3, 2, 16))
     for memory in kv.layer(0):
         assert memory[: kv.num_pages * kv.page_size].any(dim=(1, 2)).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says there what a process holds")
+def test_pages_that_nobody_has_written_take_no_memory() -> None:
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = held()
+    kv = KVCache(
+        CONFIG_2_LAYERS, Shard(), num_pages=1 << 18, page_size=4, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert sum(memory.nbytes for layer in range(2) for memory in kv.layer(layer)) > 500 << 20
+    assert held() - before < 100 << 20
