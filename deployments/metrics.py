@@ -25,6 +25,13 @@ MOST = 100  # values of a label that comes from outside; what comes later is cou
 OTHER = "other"
 KEY_LIMIT = "key_limit"  # code of the error that a key with too many requests gets, and its reason among rejections
 
+# Counters of these begin before the first of them comes: one that begins with a count is not seen to rise.
+_STATUSES = (200, 429, 500, 503, 504)
+_CODES = (
+    "aborted", "deadline_exceeded", "engine_error", "idle_timeout", "internal_error", KEY_LIMIT, "not_ready",
+    "queue_full", "request_crashes_ranks",
+)  # fmt: skip
+
 _STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0, 5.0, 30.0)
@@ -65,7 +72,9 @@ class Metrics:
         finished = self._counter("request_success", "Answers that ended, by how.", "finished_reason")
         self._finished = _begin_at_zero(finished, get_args(FinishReason))
         self._answers = self._counter("http_requests", "HTTP requests answered.", "route", "status")
+        self._routes: set[str] = set()  # that have been asked
         self._errors = self._counter("http_errors", "Errors told to callers, in streams too.", "code")
+        _begin_at_zero(self._errors, _CODES)
         rejections = self._counter("requests_rejected", "Requests turned away, or failed before a step.", "reason")
         self._rejections = _begin_at_zero(rejections, (*get_args(Rejection), KEY_LIMIT))
         self._key_requests = self._counter("key_requests", "Requests by the name of their API key.", "key")
@@ -91,7 +100,7 @@ class Metrics:
         canaries = self._counter("canaries", "Canary steps by their outcome.", "outcome")
         self._canaries = _begin_at_zero(canaries, ("ok", "failed"))
         self._proved: float | None = None
-        self._bounded: dict[str, set[str]] = {}
+        self._bounded: dict[str, set[str]] = {"code": set(_CODES)}
         self.unstarted: dict[RequestTimer, None] = {}  # requests without a token yet, the oldest first
         self.registry.register(self)
 
@@ -149,6 +158,10 @@ class Metrics:
 
     def answered(self, route: str, status: int, record: Record) -> None:
         """An HTTP request is over. The route is a pattern, not what the caller wrote."""
+        if route not in self._routes:
+            self._routes.add(route)
+            for usual in _STATUSES:
+                self._answers.labels(route, str(usual))
         self._answers.labels(route, str(status)).inc()
         if record.error == KEY_LIMIT:  # HTTP's own; the engine tells the others
             self._rejections[KEY_LIMIT].inc()
@@ -227,7 +240,7 @@ class Metrics:
 
 
 def _begin_at_zero(counter: Counter, values: Iterable[str]) -> dict[str, Counter]:
-    """The series of each value: what appears only with its first count is not seen to rise."""
+    """The series of each value."""
     return {value: counter.labels(value) for value in values}
 
 

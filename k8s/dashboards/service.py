@@ -13,7 +13,13 @@ SERVICE = Dashboard(
             (
                 Panel(
                     "Requests", "reqps", "Answers by route and status.",
-                    (rate("http_requests_total", "route, status", "{{status}} {{route}}"),), "stacked",
+                    (
+                        Query(
+                            "sum by (route, status) (rate(mixtral_http_requests_total{SEL}PER)) > 0",
+                            "{{status}} {{route}}",
+                        ),
+                    ),
+                    "stacked",
                 ),
                 Panel(
                     "Failures", "percentunit", "Share of answers with a 5xx.",

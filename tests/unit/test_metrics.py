@@ -189,7 +189,21 @@ def test_who_left_was_told_nothing() -> None:
     metrics.answered("/v1/completions", CLIENT_LEFT, Record())
     values = seen(metrics)
     assert values["mixtral_http_requests_total{route=/v1/completions,status=499}"] == 1
-    assert not any(name.startswith("mixtral_http_errors_total") for name in values)
+    assert set(seen(metrics, "mixtral_http_errors_total").values()) == {0}
+
+
+def test_a_burst_of_failures_is_seen_to_rise() -> None:
+    """All of them between two looks of Prometheus's, and none before."""
+    metrics = Metrics(MODEL, "r")
+    metrics.answered("/v1/completions", 200, Record())
+    before = seen(metrics, "mixtral_http_")
+    for _ in range(190):
+        metrics.answered("/v1/completions", 503, Record(error="not_ready"))
+    after = seen(metrics, "mixtral_http_")
+    assert {name: value - before[name] for name, value in after.items() if value != before[name]} == {
+        "requests_total{route=/v1/completions,status=503}": 190,
+        "errors_total{code=not_ready}": 190,
+    }
 
 
 def test_names_from_outside_are_bounded() -> None:
