@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.to_device import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class LogitRules:
@@ -41,17 +43,17 @@ class LogitRules:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The tokens of one sequence as rules look at them. append() is the only thing that changes one."""
+    """The tokens of one sequence as rules look at them, on the host. append() is the only thing that changes one."""
 
     generated: list[int]
     prompt_V: Tensor  # bool: in the prompt
     count_V: Tensor  # int32: how often generated
 
     @classmethod
-    def start(cls, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> History:
-        prompt_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        prompt_V[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
-        return cls([], prompt_V, torch.zeros(vocab_size, dtype=torch.int32, device=device))
+    def start(cls, prompt_ids: Sequence[int], vocab_size: int) -> History:
+        prompt_V = torch.zeros(vocab_size, dtype=torch.bool)
+        prompt_V[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+        return cls([], prompt_V, torch.zeros(vocab_size, dtype=torch.int32))
 
     def append(self, token_id: int) -> None:
         self.generated.append(token_id)
@@ -116,8 +118,8 @@ def _apply_penalties(logits_RV: Tensor, rules: Sequence[LogitRules], histories: 
     repetition_R1 = logits_RV.new_tensor([[rule.repetition_penalty] for rule in chosen])
     frequency_R1 = logits_RV.new_tensor([[rule.frequency_penalty] for rule in chosen])
     presence_R1 = logits_RV.new_tensor([[rule.presence_penalty] for rule in chosen])
-    count_RV = torch.stack([histories[row].count_V for row in penalized])
-    prompt_RV = torch.stack([histories[row].prompt_V for row in penalized])
+    count_RV = to_device(torch.stack([histories[row].count_V for row in penalized]), logits_RV.device)
+    prompt_RV = to_device(torch.stack([histories[row].prompt_V for row in penalized]), logits_RV.device)
     some_RV = logits_RV[index]
     repeated_RV = torch.where(some_RV > 0, some_RV / repetition_R1, some_RV * repetition_R1)
     some_RV = torch.where(prompt_RV | (count_RV > 0), repeated_RV, some_RV)

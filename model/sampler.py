@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.to_device import numbers
+
 GREEDY_BELOW = 1e-5  # temperatures under this would only overflow on their way to the same answer
 
 _CPU_CHUNK = 1 << 18  # elements drawn at once on CPU: their buffers stay in a core's cache, 5x as fast as all rows
@@ -55,13 +57,13 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     chunk = max(1, _CPU_CHUNK // V) if logits_RV.device.type == "cpu" else max(1, R)
     for start in range(0, len(drawn), chunk):
         some = drawn[start : start + chunk]
-        index = torch.tensor(some, device=logits_RV.device)
+        index = numbers(some, torch.int64, logits_RV.device)
         ids_R[index] = _draw(logits_RV.index_select(0, index).float(), [rows[r] for r in some])
     return ids_R
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    temperature_R1 = logits_RV.new_tensor([[row.temperature] for row in rows])
+    temperature_R1 = numbers([[row.temperature] for row in rows], logits_RV.dtype, logits_RV.device)
     # Counted down from the row's best, so that dividing never overflows to +inf.
     scaled_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R1
     if any(row.filtered for row in rows):
@@ -71,17 +73,17 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def cutoff(scaled_RV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """The lowest scaled logit of each row that its filters leave in [R]. Scaled logits count down from 0."""
-    cutoff_R = scaled_RV.new_tensor([row.min_p for row in rows]).log()
+    cutoff_R = numbers([row.min_p for row in rows], scaled_RV.dtype, scaled_RV.device).log()
     by_rank = [r for r, row in enumerate(rows) if row.top_k > 0]
     by_mass = [r for r, row in enumerate(rows) if row.top_p < 1.0]
     least_R = torch.full_like(cutoff_R, -torch.inf)  # what top_k leaves in, alone
     if by_rank:
-        index = torch.tensor(by_rank, device=scaled_RV.device)
+        index = numbers(by_rank, torch.int64, scaled_RV.device)
         least_R[index] = _rank_cutoff(scaled_RV[index], [rows[r].top_k for r in by_rank])
     nucleus_R = least_R.clone()
     if by_mass:
-        index = torch.tensor(by_mass, device=scaled_RV.device)
-        top_p_R = torch.tensor([rows[r].top_p for r in by_mass], dtype=torch.float64, device=scaled_RV.device)
+        index = numbers(by_mass, torch.int64, scaled_RV.device)
+        top_p_R = numbers([rows[r].top_p for r in by_mass], torch.float64, scaled_RV.device)
         nucleus_R[index] = _mass_cutoff(scaled_RV[index], least_R[index], top_p_R)
     return torch.maximum(cutoff_R, nucleus_R)
 
@@ -90,7 +92,7 @@ def _rank_cutoff(scaled_RV: Tensor, top_k: Sequence[int]) -> Tensor:
     """The top_k-th largest of each row."""
     M = min(max(top_k), scaled_RV.shape[1])
     best_RM = scaled_RV.topk(M, dim=-1).values
-    last_R1 = torch.tensor([[min(k, M) - 1] for k in top_k], device=scaled_RV.device)
+    last_R1 = numbers([[min(k, M) - 1] for k in top_k], torch.int64, scaled_RV.device)
     return best_RM.gather(1, last_R1)[:, 0]
 
 
@@ -120,7 +122,7 @@ def _mass_cutoff(scaled_RV: Tensor, least_R: Tensor, top_p_R: Tensor) -> Tensor:
 def gumbel(rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise [R, V], a function of each row's seed and index and of the token id."""
     keys = [_row_key(row.seed, row.index) for row in rows]
-    key_R2 = torch.tensor([[_signed(key >> 32), _signed(key)] for key in keys], dtype=torch.int32, device=device)
+    key_R2 = numbers([[_signed(key >> 32), _signed(key)] for key in keys], torch.int32, device)
     # Integer products wrap around, on CPU as on GPU; `>>` keeps the sign, hence the masks.
     hash_RV = torch.arange(vocab_size, dtype=torch.int32, device=device) * _signed(0x9E3779B1) + key_R2[:, :1]
     hash_RV ^= (hash_RV >> 16) & 0xFFFF

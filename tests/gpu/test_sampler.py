@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from model.logit_rules import History, LogitRules, apply_rules
 from model.sampler import SamplingRow, cutoff, gumbel, sample
 
 V = 32000
@@ -45,3 +46,17 @@ def test_tokens_are_those_of_a_cpu_but_for_near_ties(device: torch.device) -> No
     logits_RV = torch.randn(256, V, generator=torch.Generator().manual_seed(1)) * 3
     same = (sample(logits_RV.to(device), some).cpu() == sample(logits_RV, some)).float().mean()
     assert same > 0.98
+
+
+def test_rules_are_those_of_a_cpu(device: torch.device) -> None:
+    rules = [
+        LogitRules(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2),
+        LogitRules(bias=((5, -100.0),), bad_words=((7,),)),
+        LogitRules(allowed_ids=(3, 4)),
+    ]
+    histories = [History.start([1, 2, 3], V) for _ in rules]
+    for history in histories:
+        history.append(9)
+    logits_RV = torch.randn(3, V, generator=torch.Generator().manual_seed(2))
+    on_device = apply_rules(logits_RV.to(device), rules, histories).cpu()
+    torch.testing.assert_close(on_device, apply_rules(logits_RV, rules, histories))
