@@ -27,6 +27,7 @@ from cluster.messages import Exchange
 from cluster.placement import even_placement
 from cluster.process_group import Membership, Rendezvous, Transport, join, open_store
 from model.comm import Comm, split_rows
+from model.graphs import Capture, CudaCapture
 
 LOOPBACK = "127.0.0.1"
 ANSWER_WITHIN_S = 60.0
@@ -133,6 +134,8 @@ def _form_and_compare(ranks: _Ranks, transport: Transport) -> Iterator[Outcome]:
     yield _timed("every collective against what must come out", partial(ranks.ask, "compare_collectives"))
     for mode in MODES:
         yield _timed(f"experts in {mode} exchange against one process", partial(ranks.ask, "compare_exchange", mode))
+    if transport == "nccl":
+        yield _timed("a sum in a CUDA graph, replayed", partial(ranks.ask, "compare_captured"))
 
 
 def _kill_one_and_compare(ranks: _Ranks, transport: Transport) -> Iterator[Outcome]:
@@ -204,7 +207,7 @@ class _RankChecks:
 
     def wait_for_all(self) -> None:
         for _ in range(1000):  # until the last rank is gone
-            self._comm.all_reduce(self._rows(0, 1))
+            self._comm.all_reduce(self._rows(0, 1)).tolist()  # a GPU's sum is only begun until somebody looks
 
     def compare_collectives(self) -> None:
         comm = self._comm
@@ -241,6 +244,16 @@ class _RankChecks:
         factors = torch.tensor([expert + 1.0 for expert in placement.slots_of(comm.rank)[0]], device=self._device)
         factor_N = factors.repeat_interleave(torch.tensor(dispatched.rows, device=self._device))
         _same(mode, exchange.combine(dispatched, dispatched.x_ND * factor_N[:, None]), share[3])
+
+    def compare_captured(self, make_capture: Callable[[], Capture] = CudaCapture) -> None:
+        """Captured once, replayed with other numbers in the same place."""
+        comm, mine = self._comm, torch.zeros(TOKENS, WIDTH, device=self._device)
+        replay, summed = make_capture()(lambda: comm.all_reduce(mine.clone()))
+        for turn in range(3):
+            numbers = [self._rows(turn * comm.size + rank, TOKENS) for rank in range(comm.size)]
+            mine.copy_(numbers[comm.rank])
+            replay()
+            _same("a captured all_reduce", summed, torch.stack(numbers).sum(0))
 
     def _rows(self, rank: int, rows: int) -> Tensor:
         return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rank)).to(self._device)

@@ -10,6 +10,7 @@ from cluster.collectives_check import _RankChecks
 from cluster.process_group import Membership
 from cluster.transport.shared_memory import SharedMemoryComm, supported
 from model.comm import Comm, Groups
+from tests.recomputed import Recomputed
 from tests.threaded_ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
@@ -36,17 +37,24 @@ def test_a_right_group_passes() -> None:
         checks(comm).compare_collectives()
         checks(comm).compare_exchange("all_reduce")
         checks(comm).compare_exchange("all_to_all")
+        checks(comm).compare_captured(Recomputed)
         return True
 
     assert on_ranks(3, compare, area_bytes=1 << 16) == [True] * 3
 
 
 def test_a_wrong_one_is_named() -> None:
-    def compare(comm: SharedMemoryComm) -> str:
+    def compare(comm: SharedMemoryComm) -> list[str]:
         wrong = object.__new__(Wrong)
         wrong.__dict__.update(comm.__dict__)
-        with pytest.raises(ValueError, match="gave something else") as error:
-            checks(wrong).compare_exchange("all_reduce")
-        return str(error.value)
+        told = []
+        for check in (lambda: checks(wrong).compare_exchange("all_reduce"), lambda: captured(wrong)):
+            with pytest.raises(ValueError, match="gave something else") as error:
+                check()
+            told.append(str(error.value).partition(" gave")[0])
+        return told
 
-    assert on_ranks(2, compare, area_bytes=1 << 16) == ["all_reduce gave something else than it must"] * 2
+    def captured(comm: Comm) -> None:
+        checks(comm).compare_captured(Recomputed)
+
+    assert on_ranks(2, compare, area_bytes=1 << 16) == [["all_reduce", "a captured all_reduce"]] * 2

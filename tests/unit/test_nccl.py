@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.collectives_check import MODES, _RankChecks
+from cluster.process_group import Membership
 from cluster.transport.nccl import NcclComm
 from cluster.transport.nccl_library import NcclError, NcclLibrary
 from cluster.transport.shared_memory import PeerLost
-from model.comm import split_rows
+from model.comm import Groups, split_rows
 from tests.nccl_ranks import STREAM, can_compile, fake_nccl, on_nccl_ranks
+from tests.recomputed import Recomputed
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="the fake NCCL is C: needs gcc")
 
@@ -62,6 +65,20 @@ def test_rows_arrive_as_they_were(library: NcclLibrary, size: int, total: int, d
         assert torch.equal(told, wholes[-1])
         expected = [10 * source + rank for source, counts in enumerate(sent) for _ in range(counts[rank])]
         assert swapped.tolist() == [[value] * 2 for value in expected]
+
+
+def test_exchanges_over_it_give_what_they_must(library: NcclLibrary) -> None:
+    """What `doctor --collectives` tries."""
+
+    def rank_main(comm: NcclComm) -> None:
+        checks = _RankChecks(comm.rank, torch.device("cpu"))
+        checks._membership = Membership(Groups(comm, comm), (comm,))
+        checks.compare_collectives()
+        for mode in MODES:
+            checks.compare_exchange(mode)
+        checks.compare_captured(Recomputed)
+
+    on_nccl_ranks(library, 3, rank_main)
 
 
 def test_work_goes_to_the_current_stream(library: NcclLibrary, fake: ctypes.CDLL) -> None:
