@@ -154,6 +154,9 @@ def test_autoscaling_fires_and_has_room(overlay: str) -> None:
     if not scales:
         return
     assert least >= 2, "with one replica an upgrade or a lost node is an outage"
+    (spread,) = group["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname", "with both on one node likewise"
+    assert spread["labelSelector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
     config = deployment(overlay)["autoscaling_config"]
     limits = load(application(serve_yaml(overlay))["args"]).scheduler
     assert config["target_ongoing_requests"] < limits.max_running, "else requests queue before it fires"
