@@ -54,7 +54,7 @@ ENGINE = Dashboard(
                 Panel("Step", "s", "From handing it out to its result.", quantiles("step_duration_seconds")),
                 Panel(
                     "Where a step's time goes", "s",
-                    "On rank 0, of a GPU what launching takes; and in the engine's thread (schedule, postprocess, publish).",
+                    "On rank 0 (GPUs: of launching), and in the engine's thread (schedule, postprocess, publish).",
                     (Query(f"{per_step(by='by (part) ')} / scalar({STEPS})", "{{part}}"),), "stacked",
                 ),
                 Panel("Steps", "ops", "Steps a second.", (rate("engine_steps_total", "replica", "{{replica}}"),)),
