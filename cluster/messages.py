@@ -184,7 +184,7 @@ class StepPlan:
 class StepTimes:
     """Seconds one rank spent in the parts of a step. Filled by the worker."""
 
-    build: float = 0.0  # plan -> tensors
+    build: float = 0.0  # plan -> tensors; most of it beside the step before
     attention: float = 0.0  # norms, projections, pages, attention
     router: float = 0.0
     experts: float = 0.0
