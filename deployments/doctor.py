@@ -47,6 +47,7 @@ def examine() -> list[Finding]:
         _package("torch", OLDEST_TORCH, required=True),
         _package("ray", OLDEST_RAY, required=True),
         *_processor(Path("/proc/cpuinfo")),
+        _kernels(),
         _memory(Path("/proc/meminfo")),
         _shared_memory(Path("/dev/shm")),  # noqa: S108
         *_gpus(),
@@ -95,6 +96,15 @@ def _processor(cpuinfo: Path) -> list[Finding]:
         advice = "No fast bfloat16: on this CPU --set dtype=float32 is often as fast, and exact."
         features = Finding("note", features.what, features.found, advice)
     return [Finding("ok", "CPU cores", str(cores)), features]
+
+
+def _kernels() -> Finding:
+    from model.native.library import find
+
+    found = find()
+    if not isinstance(found, str):
+        return Finding("ok", "CPU kernels", "compiled, for bfloat16")
+    return Finding("note", "CPU kernels", "none: bfloat16 is computed by torch's operators, more slowly", f"{found}.")
 
 
 def _memory(meminfo: Path) -> Finding:

@@ -26,7 +26,6 @@ MADV_HUGEPAGE = 14
 
 Address = ctypes.c_void_p
 Size = ctypes.c_int64
-
 Real = ctypes.c_float
 
 ARGUMENTS: dict[str, str] = {  # a: address, n: number, r: real
@@ -48,32 +47,36 @@ TYPES = {"a": Address, "n": Size, "r": Real}
 def kernels() -> ctypes.CDLL:
     """Whoever calls one has asked has_kernels()."""
     library = find()
-    assert library is not None
+    assert isinstance(library, ctypes.CDLL)
     return library
 
 
 def has_kernels() -> bool:
-    return find() is not None
+    return isinstance(find(), ctypes.CDLL)
 
 
 @functools.cache
-def find() -> ctypes.CDLL | None:
-    """None: this processor or this installation has none, and torch's own operators do their work."""
-    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not found:
-        logger.info("no compiled CPU kernels: pip found no C compiler; bfloat16 runs on torch's own, more slowly")
-        return None
+def find() -> ctypes.CDLL | str:
+    """The library, or why torch's own operators have to do its work."""
+    found = open_library(Path(__file__).parent)
+    if isinstance(found, str):
+        logger.info("no compiled CPU kernels, torch's own operators do their work: %s", found)
+    return found
+
+
+def open_library(directory: Path) -> ctypes.CDLL | str:
+    compiled = sorted(directory.glob("_kernels*.so"))
+    if not compiled:
+        return "not compiled: install a C compiler (gcc), then the project again"
     try:
         _share_openmp()
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(compiled[0]))
     except OSError as error:
-        logger.warning("the compiled CPU kernels do not load (%s); bfloat16 runs on torch's own, more slowly", error)
-        return None
+        return f"they do not load: {error}"
     if library.version() != VERSION:
-        logger.warning("the compiled CPU kernels are of another version: install the project again (make setup)")
-        return None
+        return "compiled from another version: install the project again"
     if not library.supported():
-        return None
+        return "this processor has no AVX-512 with bfloat16, or what compiled them was not GCC 11 or newer"
     for name, arguments in ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = [TYPES[letter] for letter in arguments.replace(" ", "")]

@@ -6,7 +6,7 @@
 
 #define VERSION 1 // of the functions' arguments; library.py has the same
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 11 // clang wants the target at each function
 #define MIXTRAL_NATIVE 1
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 

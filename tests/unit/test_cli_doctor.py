@@ -11,12 +11,24 @@ import pytest
 from deployments import doctor
 from deployments.cli import main
 from deployments.doctor import Finding, examine, page
+from model.native import library
 
 
 def test_this_machine_runs_the_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for what in ("Python", "torch", "ray", "CPU cores", "CPU features", "memory", "/dev/shm", "GPU", "demo model"):
+    for what in (
+        "Python",
+        "torch",
+        "ray",
+        "CPU cores",
+        "CPU features",
+        "CPU kernels",
+        "memory",
+        "/dev/shm",
+        "GPU",
+        "demo model",
+    ):
         assert what in text
     assert text.endswith("Ready: mixtral-serve serve\n")
 
@@ -48,6 +60,13 @@ def test_what_is_missing_is_said_with_what_to_do(
     assert findings["ray"].found == "not installed"
     assert main(["doctor"]) == 1
     assert "Not ready: torch, ray" in capsys.readouterr().out
+
+
+def test_without_compiled_kernels_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", lambda: "not compiled: install a C compiler")
+    (finding,) = [finding for finding in examine() if finding.what == "CPU kernels"]
+    assert finding.state == "note"
+    assert finding.advice == "not compiled: install a C compiler."
 
 
 def test_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,25 +94,19 @@ def test_what_fits_no_panel_has_no_kernel() -> None:
     assert not has_kernel(torch.empty(32, 0, dtype=torch.bfloat16))
 
 
-def test_without_a_library_torch_does_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
-    find = library.find.__wrapped__
-    with caplog.at_level(logging.INFO):
-        assert find() is None
-        (tmp_path / "_kernels.so").write_bytes(b"no library")
-        assert find() is None
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+def test_why_there_are_none_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "install a C compiler" in str(library.open_library(tmp_path))
+    (tmp_path / "_kernels.so").write_bytes(b"no library")
+    assert "do not load" in str(library.open_library(tmp_path))
+    (tmp_path / "maps").write_text("00-ff r-xp 00 00:00 1 /lib/libc.so.6\n")
+    monkeypatch.setattr(library, "MAPS", tmp_path / "maps")
+    assert "OpenMP" in str(library.open_library(tmp_path))
 
 
 @compiled
-def test_a_library_of_another_version_is_not_called(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
-    assert library.find.__wrapped__() is None
-    assert "make setup" in caplog.text
+    assert "another version" in str(library.open_library(Path(library.__file__).parent))
 
 
 @pytest.mark.parametrize("size", [0, 5, 3 << 20])
