@@ -97,6 +97,28 @@ def test_it_is_what_the_cluster_gets(overlay: str) -> None:
 
 # Ray Serve's own, at its first import.
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+def test_serve_knows_every_field(overlay: str) -> None:
+    """It drops what it does not know without a word, a misspelt limit for instance."""
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+    from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    config = serve_yaml(overlay)
+    parts: list[tuple[dict[str, Any], Any]] = [
+        (config, ServeDeploySchema),
+        (config["http_options"], HTTPOptionsSchema),
+        (application(config), ServeApplicationSchema),
+        (deployment(overlay), DeploymentSchema),
+    ]
+    scaling = deployment(overlay).get("autoscaling_config")
+    if scaling is not None:
+        parts += [(scaling, AutoscalingConfig), (scaling["policy"], AutoscalingPolicy)]
+    for given, schema in parts:
+        schema.model_validate(given)
+        assert given.keys() <= schema.model_fields.keys(), given.keys() - schema.model_fields.keys()
+
+
+# Likewise.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
 def test_there_are_nodes_for_every_replica(overlay: str, tmp_path: Path) -> None:
     from deployments.app import bundles
 
