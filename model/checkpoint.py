@@ -2,7 +2,10 @@
 
     find files -> headers -> names and shapes against the config -> the rank's pieces -> read, cut, packed in parallel
 
-What lies in the files: checkpoint_files.py.
+    file --read--> a reader's block, pinned where a GPU fetches from it --> [quantise] --> its rows of the final tensor
+
+What lies in the files: checkpoint_files.py. A matrix on its way is never anywhere whole but where it stays, or in the
+one buffer from which a CPU's layouts are packed.
 
 A rank asks its files for no byte that it does not hold. Rows of a matrix are one read. Columns (of attention's output
 projection under tensor parallelism, of down where experts are sliced) are a short read per row, for every rank anew;
@@ -15,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,14 +31,18 @@ from model.config import MixtralConfig
 from model.dialects import Matrix
 from model.errors import CheckpointError
 from model.layers import Linear, can_pack, make_linear
-from model.quantization import Mode, below_each_other, group_size, quantize
+from model.quantization import Mode, QuantizedWeight, below_each_other, group_size, quantize
 from model.quantized_linear import make_quantized_linear
 from model.quantized_slices import loading_mode
 from model.shard import Shard
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 
-# Enough to keep a network disk busy; each holds a matrix or two beside what is already loaded.
+# Enough to keep a network disk busy: while one waits for a GPU to fetch its block, the others read.
 READERS = 4
+# Numbers of a block. What is on its way takes a few times as many bytes for each reader, however large a matrix is.
+# Larger ones would not be read faster; what a GPU fetches at once should not be too small.
+CPU_BLOCK = 1 << 18
+BLOCK = 1 << 22
 
 Progress = Callable[[int, int], None]
 Read = TypeVar("Read")
@@ -128,7 +136,9 @@ class Loader:
         self._device = device
         self._mode = mode
         self._check_finite = check_finite
-        self._buffers = Buffers(pinned=device.type == "cuda")
+        self._matrices = Buffers(pinned=False)
+        self._blocks = Buffers(pinned=device.type == "cuda")
+        self._block_size = CPU_BLOCK if device.type == "cpu" else BLOCK
         self._bytes: dict[Future[Any], int] = {}
 
     def vector(self, piece: Piece) -> Future[Tensor]:
@@ -202,49 +212,72 @@ class Loader:
             raise
 
     def _read(self, piece: Piece) -> Tensor:
-        out = torch.empty(self._checkpoint.shape_of(piece), dtype=self._dtype)
-        self._read_into(out, piece)
-        return out.to(self._device)
+        out = torch.empty(self._checkpoint.shape_of(piece), dtype=self._dtype, device=self._device)
+        self._fill(out, piece)
+        return out
 
     def _read_linear(self, pieces: tuple[Piece, ...]) -> Linear:
         shapes = [self._checkpoint.shape_of(piece) for piece in pieces]
         heights, (_, width) = [height for height, _ in shapes], shapes[0]
-        weight = self._buffers.take(sum(heights), width, self._dtype)
+        on_cpu = self._device.type == "cpu"
+        take = self._matrices.take if on_cpu else partial(torch.empty, device=self._device)
+        weight = take(sum(heights), width, dtype=self._dtype)
         for piece, part in zip(pieces, torch.split(weight, heights), strict=True):
-            self._read_into(part, piece)
-        # Packing and other devices leave the buffer to the next matrix; a plain weight would lie in it.
-        return make_linear(weight.to(self._device, copy=not can_pack(weight)))
+            self._fill(part, piece)
+        # Packing leaves the buffer to the next matrix; a plain weight would lie in it.
+        return make_linear(weight.clone() if on_cpu and not can_pack(weight) else weight)
 
     def _read_quantized(self, pieces: tuple[Piece, ...]) -> Linear:
-        weight = below_each_other([self._checkpoint.read_quantized(piece) for piece in pieces])
+        read = partial(self._checkpoint.read_quantized, pinned=self._device.type == "cuda")
+        weight = self._together(pieces, lambda block: read(block).to(self._device))
         if self._check_finite and not weight.is_finite():
             name, info = self._checkpoint.info_of(pieces[0].matrix)
             raise CheckpointError(f"{info.file}: {name}, or what belongs to it, holds NaN or infinity")
-        return make_quantized_linear(weight.to(self._device), self._dtype)
+        return make_quantized_linear(weight, self._dtype)
 
     def _quantize(self, pieces: tuple[Piece, ...], mode: Mode, columns: range | None) -> Linear:
         """From the checkpoint's own precision, whatever the model's; the columns are cut out afterwards."""
-        parts = []
-        for piece in pieces:
-            height, width = self._checkpoint.shape_of(piece)
-            _, info = self._checkpoint.info_of(piece.matrix)
-            plain = self._buffers.take(height, width, info.dtype)
-            self._read_into(plain, piece)
-            weight = quantize(plain.to(self._device), mode)
-            parts.append(weight if columns is None or columns == piece.columns else weight.columns(columns))
-        return make_quantized_linear(below_each_other(parts), self._dtype)
 
-    def _read_into(self, out: Tensor, piece: Piece) -> None:
-        self._checkpoint.read_into(out, piece)
+        def quantized(block: Piece) -> QuantizedWeight:
+            plain = self._read_block(block)
+            self._refuse_infinite(plain, block)
+            weight = quantize(plain, mode)
+            return weight if columns is None or columns == block.columns else weight.columns(columns)
+
+        return make_quantized_linear(self._together(pieces, quantized), self._dtype)
+
+    def _together(self, pieces: tuple[Piece, ...], read: Callable[[Piece], QuantizedWeight]) -> QuantizedWeight:
+        """The pieces below each other, a block at a time."""
+        blocks = (block for piece in pieces for block in self._checkpoint.blocks(piece, self._block_size))
+        return below_each_other(map(read, blocks), sum(self._checkpoint.shape_of(piece)[0] for piece in pieces))
+
+    def _fill(self, out: Tensor, piece: Piece) -> None:
+        if self._device.type == "cpu" and self._checkpoint.lies_as(piece, out.dtype):
+            self._checkpoint.read_into(out, piece)
+        else:
+            row = 0
+            for block in self._checkpoint.blocks(piece, self._block_size):
+                rows = self._read_block(block)
+                out[row : row + len(rows)] = rows
+                row += len(rows)
+        self._refuse_infinite(out, piece)
+
+    def _read_block(self, block: Piece) -> Tensor:
+        """On the device, in the file's precision, until this thread reads another."""
+        here = self._blocks.take(*self._checkpoint.shape_of(block), self._checkpoint.dtype_of(block.matrix))
+        self._checkpoint.read_into(here, block)
+        return here.to(self._device)
+
+    def _refuse_infinite(self, weight: Tensor, piece: Piece) -> None:
         # An extreme is NaN as soon as one weight is.
-        if self._check_finite and not all(extreme.isfinite() for extreme in out.aminmax()):
+        if self._check_finite and not all(extreme.isfinite() for extreme in weight.aminmax()):
             name, info = self._checkpoint.info_of(piece.matrix)
-            cast = "" if info.dtype == out.dtype else f", as saved or once cast to {out.dtype}"
+            cast = "" if info.dtype == weight.dtype else f", as saved or once cast to {weight.dtype}"
             raise CheckpointError(f"{info.file}: {name} holds NaN or infinity{cast}")
 
 
 class Buffers:
-    """For each reading thread one piece of memory, used again for every matrix that goes through it.
+    """For each reading thread one piece of memory, used again for whatever goes through it.
 
     New memory for each would cost as much as reading it, and an allocator that keeps what was freed for the next ends
     up with a quarter more than there is. Pinned, a GPU fetches from it by itself.

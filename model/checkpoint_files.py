@@ -9,7 +9,8 @@ O, I: features out and in.  C: head_dim.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,23 +71,43 @@ class Checkpoint:
     def read_into(self, out: Tensor, piece: Piece) -> None:
         """The same, in the precision of `out`; straight from the file where it lies there as it is wanted."""
         stored, rows, columns = self._where(piece)
-        _, info = self.info_of(piece.matrix)
-        if stored.turned or self._is_interleaved(piece) or info.dtype != out.dtype:
-            out.copy_(self.read(piece))
-        else:
+        if self.lies_as(piece, out.dtype):
             self._holder[stored.name].read(stored.name, shifted(rows, stored.first_row), columns, out)
+        else:
+            out.copy_(self.read(piece))
+
+    def dtype_of(self, matrix: Matrix) -> torch.dtype:
+        """Of what read() gives."""
+        return torch.float32 if self.is_quantized(matrix) else self.info_of(matrix)[1].dtype
+
+    def lies_as(self, piece: Piece, dtype: torch.dtype) -> bool:
+        """Whether the file has it as the model wants it, in this precision."""
+        if self.is_quantized(piece.matrix) or self._is_interleaved(piece) or self._where(piece)[0].turned:
+            return False
+        return self.dtype_of(piece.matrix) == dtype
+
+    def blocks(self, piece: Piece, size: int) -> Iterator[Piece]:
+        """Its rows in their order, about so many numbers at a time; all at once where they are columns of the file."""
+        stored, rows, columns = self._where(piece)
+        if stored.turned:
+            yield piece
+            return
+        unit = self._config.head_dim if self._is_interleaved(piece) else 1
+        height = max(1, size // (unit * len(columns))) * unit
+        for first in range(rows.start, rows.stop, height):
+            yield replace(piece, rows=range(first, min(first + height, rows.stop)))
 
     def is_quantized(self, matrix: Matrix) -> bool:
         return self._format_of(matrix) is not None
 
-    def read_quantized(self, piece: Piece) -> QuantizedWeight:
-        """As it was saved. Columns are whole multiples of the format's alignment."""
+    def read_quantized(self, piece: Piece, *, pinned: bool = False) -> QuantizedWeight:
+        """As it was saved, read into memory that a GPU can fetch from. Columns are multiples of the alignment."""
         saved, (stored, rows, columns) = self._format_of(piece.matrix), self._where(piece)
         assert saved is not None
         parts = []
         for each in saved.slices(stored.name, stored.shape, rows, columns):
             height, width = self._extent(each)
-            part = torch.empty(len(height), len(width), dtype=self.infos[each.name].dtype)
+            part = torch.empty(len(height), len(width), dtype=self.infos[each.name].dtype, pin_memory=pinned)
             self._holder[each.name].read(each.name, height, width, part, each.width)
             parts.append(part)
         return saved.assemble(stored.name, stored.shape, rows, columns, parts)

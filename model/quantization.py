@@ -21,6 +21,7 @@ O, I: features out and in.  P: bytes of a row.  G: groups of a row.  B: rows at 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -33,8 +34,10 @@ Mode = Literal["int8", "int4", "nf4", "fp8"]
 
 GROUP_SIZE = 64
 FP8_MAX = 448.0
-# Weights that are quantised at once: temporaries stay small beside the matrix.
-CHUNK = 1 << 20
+# Weights that are quantised at once: temporaries stay small beside the matrix, and in a core's cache. On a GPU each
+# launch should have more to do.
+CPU_CHUNK = 1 << 16
+CHUNK = 1 << 22
 
 # The levels of NormalFloat 4: what is expected of the largest of 64 normal numbers is 1.
 NF4_LEVELS = (
@@ -126,21 +129,28 @@ def stored_bytes(mode: Mode, height: int, width: int) -> int:
     return height * (width // weights_per_byte(mode) + scales * (4 if mode == "nf4" else 2))
 
 
-def below_each_other(parts: list[QuantizedWeight]) -> QuantizedWeight:
-    """One matrix of several with the same input."""
-    if len(parts) == 1:
-        return parts[0]
-    mode = parts[0].mode
-    assert all(part.mode == mode for part in parts)
-    return QuantizedWeight(
-        mode, torch.cat([part.packed_OP for part in parts]), torch.cat([part.scale_OG for part in parts])
-    )
+def below_each_other(parts: Iterable[QuantizedWeight], height: int) -> QuantizedWeight:
+    """One matrix of several with the same input and so many rows in all. Each part is forgotten before the next."""
+    row = 0
+    scales: list[Tensor] = []
+    for part in parts:
+        if not scales:
+            mode, packed_OP = part.mode, part.packed_OP.new_empty(height, part.packed_OP.shape[1])
+        assert part.mode == mode
+        packed_OP[row : row + part.out_features] = part.packed_OP
+        scales.append(part.scale_OG)
+        row += part.out_features
+    assert row == height
+    return QuantizedWeight(mode, packed_OP, torch.cat(scales))
 
 
 def quantize(weight_OI: Tensor, mode: Mode) -> QuantizedWeight:
     """Of a whole matrix, or whole rows of it; the columns must be a multiple of the mode's group size."""
-    height = max(1, CHUNK // weight_OI.shape[1])
-    return below_each_other([quantize_rows(rows_BI, mode) for rows_BI in torch.split(weight_OI, height)])
+    chunk = CPU_CHUNK if weight_OI.device.type == "cpu" else CHUNK
+    height = max(1, chunk // weight_OI.shape[1])
+    return below_each_other(
+        (quantize_rows(rows_BI, mode) for rows_BI in torch.split(weight_OI, height)), len(weight_OI)
+    )
 
 
 def quantize_rows(weight_BI: Tensor, mode: Mode) -> QuantizedWeight:

@@ -37,13 +37,13 @@ INT8_KERNEL_ROWS = 64
 # It reads x in pieces of as many bytes and ends the process where one is not aligned to them.
 INT8_KERNEL_ALIGNMENT = 32
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)
-INT4_PACK_ROWS = 512
+INT4_PACK_ROWS = 64
 # Rows that our own kernel takes: those of decode steps. Dequantising pays for the many rows of prompts.
 KERNEL_ROWS = 256
 
 
 def make_quantized_linear(weight: QuantizedWeight, dtype: torch.dtype) -> Linear:
-    """`dtype`: of what it multiplies and gives."""
+    """`dtype`: of what it multiplies and gives. The weight is the map's from now on."""
     device = weight.packed_OP.device
     match weight.mode, device.type:
         case "int8", "cpu" if has_int8_kernel(weight, dtype):
@@ -103,14 +103,13 @@ class Int4Linear:
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
+        """The codes are put in order where they lie: the weight is this map's from now on."""
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self._group_size = weight.group_size
-        self._packed = torch.empty_like(weight.packed_OP)
+        self._group_size, self._packed = weight.group_size, weight.packed_OP
         # It is given 32 bits a code, so some rows at a time; it packs blocks of rows, of which these are a multiple.
-        for row in range(0, self.out_features, INT4_PACK_ROWS):
-            packed = weight.packed_OP[row : row + INT4_PACK_ROWS]
+        for packed in torch.split(self._packed, INT4_PACK_ROWS):
             codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).int()
-            self._packed[row : row + INT4_PACK_ROWS] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
         scale_GO = weight.scale_OG.T.bfloat16()
         # The kernel adds a zero point to each weight; ours have none.
         self._scale_and_zero_GO2 = torch.stack((scale_GO, torch.zeros_like(scale_GO)), dim=-1)

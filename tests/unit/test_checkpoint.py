@@ -41,6 +41,24 @@ def test_weights_are_cast_once_to_the_wanted_precision(tmp_path: Path, dtype: to
         assert torch.equal(a.to(dtype), b)
 
 
+@pytest.mark.parametrize("rewrite", [dict, fused, mistral, stacked])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_are_read_at_once_make_no_difference(
+    tmp_path: Path,
+    dtype: torch.dtype,
+    rewrite: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if rewrite in (mistral, stacked):
+        write_params(tmp_path)
+        save_file(rewrite(weights(CONFIG)), tmp_path / "consolidated.safetensors")
+    else:
+        save_file(rewrite(weights(CONFIG)), write_checkpoint(tmp_path) / "model.safetensors")
+    expected = load(tmp_path, Shard(1, 2), dtype)
+    monkeypatch.setattr("model.checkpoint.CPU_BLOCK", 700)
+    assert_same(load(tmp_path, Shard(1, 2), dtype), expected)
+
+
 @pytest.mark.parametrize(("size", "kv_heads", "vocab"), [(2, 2, 384), (2, 1, 385), (4, 2, 387), (4, 4, 384)])
 def test_slices_of_all_ranks_make_up_the_whole(tmp_path: Path, size: int, kv_heads: int, vocab: int) -> None:
     directory = write_checkpoint(tmp_path, num_key_value_heads=kv_heads, vocab_size=vocab)

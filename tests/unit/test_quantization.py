@@ -81,7 +81,7 @@ def test_quantise_then_slice_is_a_slice_of_the_whole(mode: Mode) -> None:
     whole = quantize(random(12, 256), mode)
     expected_OI = whole.dequantize(torch.float32)
     rows = [whole.rows(slice(first, first + 4)) for first in range(0, 12, 4)]
-    assert same(below_each_other(rows), whole)
+    assert same(below_each_other(rows, 12), whole)
     for parts in (2, 4):
         width = 256 // parts
         cut = [whole.columns(range(part * width, (part + 1) * width)) for part in range(parts)]
@@ -92,7 +92,7 @@ def test_quantise_then_slice_is_a_slice_of_the_whole(mode: Mode) -> None:
 def test_pieces_of_memory_make_no_difference(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI = random(11, 128)
     whole = quantize(weight_OI, mode)
-    monkeypatch.setattr(quantization, "CHUNK", 400)
+    monkeypatch.setattr(quantization, "CPU_CHUNK", 400)
     assert same(quantize(weight_OI, mode), whole)
 
 

@@ -39,7 +39,7 @@ def test_it_multiplies_with_what_the_weight_stands_for(
 ) -> None:
     monkeypatch.setattr(quantized_linear, "CPU_PIECE", 1000)  # several pieces, the last one smaller
     weight = make(mode, features)
-    linear = make_quantized_linear(weight, dtype)
+    linear = make_quantized_linear(replace(weight, packed_OP=weight.packed_OP.clone()), dtype)
     assert (linear.in_features, linear.out_features) == (128, features)
     x_TI = torch.randn(rows, 200, generator=torch.Generator().manual_seed(rows)).to(dtype)[:, 10:138]
     expected_TO = functional.linear(x_TI, weight.dequantize(dtype))

@@ -17,6 +17,7 @@ from model.config import load_config
 from model.errors import CheckpointError, ConfigError
 from model.quantization import Mode, quantize
 from model.quantized_linear import QuantizedLinear
+from model.quantized_writer import quantize_checkpoint
 from model.shard import Shard
 from model.weights import MixtralWeights
 from tests.checkpoints import CPU, assert_same, fused, mistral, stacked, write_params
@@ -86,6 +87,18 @@ def test_every_dialect_gives_the_same(
         write_params(directory)
         save_file(rewrite(weights(CONFIG)), directory / "consolidated.safetensors")
     assert_same(load(directory, mode), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_that_are_read_at_once_make_no_difference(
+    tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, saved = write_checkpoint(tmp_path / "plain", **SIZES), tmp_path / "saved"
+    quantize_checkpoint(plain, saved, mode)
+    expected = load(plain, mode, tensor_rank=1, tensor_size=2)
+    monkeypatch.setattr("model.checkpoint.CPU_BLOCK", 700)
+    assert_same(load(plain, mode, tensor_rank=1, tensor_size=2), expected)
+    assert_same(load(saved, None, tensor_rank=1, tensor_size=2), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
