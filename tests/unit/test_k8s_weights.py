@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from hashlib import sha1, sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from k8s.base.fetch_weights import Expected, fill
+from k8s.base.fetch_weights import Expected, fill, main
 
 LARGE, SMALL = b"weights" * 1000, b'{"model_type": "mixtral"}'
 
@@ -23,11 +24,22 @@ FILES = [
 ]
 
 
+COMMIT, OTHER = "1" * 40, "2" * 40
+LISTED = [
+    SimpleNamespace(
+        rfilename="model.safetensors", size=len(LARGE), lfs=SimpleNamespace(sha256=FILES[0].sha256), blob_id="p"
+    ),
+    SimpleNamespace(rfilename="config.json", size=len(SMALL), lfs=None, blob_id=blob(SMALL)),
+    SimpleNamespace(rfilename="consolidated.00.pt", size=9, lfs=None, blob_id="c"),
+]
+
+
 class Hub:
     def __init__(self, directory: Path, **contents: bytes) -> None:
         self.directory = directory
         self.contents = {"model.safetensors": LARGE, "config.json": SMALL} | contents
         self.fetched: list[str] = []
+        self.listed = LISTED
 
     def __call__(self, name: str) -> None:
         self.fetched.append(name)
@@ -57,3 +69,52 @@ def test_what_is_not_the_commits_is_taken_away(tmp_path: Path, name: str) -> Non
     with pytest.raises(SystemExit, match="not what the commit says"):
         fill(tmp_path, FILES, hub)
     assert not (tmp_path / name).exists()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """In the place of Hugging Face's; its commits are COMMIT and OTHER."""
+    hub = Hub(tmp_path / "Mixtral")
+
+    class Api:
+        def model_info(self, repository: str, *, revision: str, files_metadata: bool) -> SimpleNamespace:
+            assert (repository, files_metadata) == ("someone/Mixtral", True)
+            return SimpleNamespace(sha=revision if revision in (COMMIT, OTHER) else COMMIT, siblings=hub.listed)
+
+    def download(repository: str, name: str, *, revision: str, local_dir: Path) -> None:
+        assert not (tmp_path / ".verified").exists(), "pods would take what is not all there"
+        assert local_dir == hub.directory
+        hub(name)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return hub
+
+
+def test_pods_are_told_once_all_is_there(hub: Hub, tmp_path: Path) -> None:
+    main(tmp_path, "someone/Mixtral", COMMIT)
+    assert hub.fetched == ["model.safetensors", "config.json"], "and not the same weights in another layout"
+    assert (tmp_path / ".verified").read_text() == f"someone/Mixtral {COMMIT}\n"
+    main(tmp_path, "someone/Mixtral", COMMIT)
+    assert len(hub.fetched) == 2
+
+
+def test_another_commit_is_checked_anew_and_not_served_before(hub: Hub, tmp_path: Path) -> None:
+    main(tmp_path, "someone/Mixtral", COMMIT)
+    hub.contents["config.json"] = b"not what the commit says"
+    (hub.directory / "config.json").unlink()
+    with pytest.raises(SystemExit, match=r"config\.json is not what the commit says"):
+        main(tmp_path, "someone/Mixtral", OTHER)
+    assert not (tmp_path / ".verified").exists()
+
+
+def test_a_branch_is_no_commit(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"REVISION must be a commit, which main is not; it is at {COMMIT} now"):
+        main(tmp_path, "someone/Mixtral", "main")
+
+
+def test_weights_that_are_pickled_are_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.listed = LISTED[1:]
+    with pytest.raises(SystemExit, match=f"someone/Mixtral at {COMMIT} has no safetensors"):
+        main(tmp_path, "someone/Mixtral", COMMIT)
+    assert hub.fetched == []
