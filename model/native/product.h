@@ -15,6 +15,8 @@
 
 #ifdef MIXTRAL_NATIVE
 
+#include <string.h>
+
 #define PANEL 16
 #define TILE_ROWS 12
 
@@ -26,6 +28,12 @@ typedef struct {
 INLINE Panels panels_at(const bf16 *packed, int64_t left, int64_t right, int64_t step, int64_t I) {
     const bf16 *a = packed + left * PANEL * I, *b = packed + right * PANEL * I;
     return (Panels){a, b, a + step * PANEL * I, b + step * PANEL * I};
+}
+
+INLINE __m512bh told_to_all(const bf16 *pair) {
+    int32_t both;
+    memcpy(&both, pair, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
 }
 
 // Sums of M rows and the two panels. `fetch`: bytes of the next panels to fetch with each pair of inputs.
@@ -43,7 +51,7 @@ INLINE void multiply(const int M, const bf16 *x, int64_t x_stride, int64_t I, Pa
         right_next += fetch;
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + m * x_stride + i));
+            const __m512bh pair = told_to_all(x + m * x_stride + i);
             a[m] = _mm512_dpbf16_ps(a[m], pair, w_left);
             b[m] = _mm512_dpbf16_ps(b[m], pair, w_right);
         }
