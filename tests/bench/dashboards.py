@@ -26,14 +26,14 @@ from typing import Any
 import httpx
 import yaml
 
-from k8s.dashboards.generate import DASHBOARDS, OBJECTIVES
+from k8s.dashboards.generate import DASHBOARDS
 from k8s.dashboards.panels import Query
 from tests.bench.dashboard_pictures import Series, draw
 from tests.e2e.server import eventually, free_port
 from tests.load import repeated
+from tests.promql import expression
 
 ROOT = Path(__file__).parents[2]
-RATE_INTERVAL = "20s"
 STEP_S = 2
 KEYS = "admin first\nguest second\n"
 ARGS: dict[str, Any] = {
@@ -155,14 +155,6 @@ def run(url: str, seconds: float) -> dict[int, int]:
         print(f"rebalance: {moved.status_code} {moved.text[:200]}", flush=True)
         time.sleep(seconds / 3)
     return load.statuses
-
-
-def expression(query: Query) -> str:
-    """With every variable at what Grafana begins with."""
-    text = query.expression.replace("$__rate_interval", RATE_INTERVAL).replace('"$layer"', '"0"')
-    for name, (_, _, default) in OBJECTIVES.items():
-        text = text.replace(f"${name}", default)
-    return re.sub(r"\$(model|replica|rank)", ".*", text)
 
 
 def ask(client: httpx.Client, query: Query, start: float, end: float) -> list[Series]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.promql import promtool
 
 ROOT = Path(__file__).parents[2]
 SPEC = yaml.safe_load((ROOT / "k8s/base/alerts.yaml").read_text())["spec"]
@@ -21,22 +22,13 @@ RAY = "rayservice.yaml"
 TESTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "k8s/alerts.test.yaml").read_text())["tests"]
 
 
-@pytest.fixture
-def promtool() -> str:
-    found = shutil.which("promtool")
-    if found is None:
-        pytest.skip("promtool is not installed: apt-get install prometheus")
-    return found
-
-
 @pytest.mark.parametrize(
     "command", [["check", "rules", "rules.yaml"], ["test", "rules", "alerts.test.yaml"]], ids=" ".join
 )
-def test_prometheus_agrees(promtool: str, command: list[str], tmp_path: Path) -> None:
+def test_prometheus_agrees(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(SPEC))
     shutil.copy(ROOT / "k8s/alerts.test.yaml", tmp_path)
-    ran = subprocess.run([promtool, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    promtool(tmp_path, *command)
 
 
 def test_every_alert_is_tested_both_ways() -> None:

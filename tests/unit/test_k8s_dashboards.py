@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 
 from deployments.metrics import Metrics
 from k8s.dashboards.generate import DASHBOARDS, OBJECTIVES, TARGET, document, text
 from k8s.dashboards.panels import Dashboard
+from tests.promql import expression, promtool
 from tests.unit.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,14 @@ def test_every_query_asks_for_what_is_counted(dashboard: Dashboard) -> None:
             names = set(re.findall(r"\bmixtral_\w+", query.expression))
             assert names or OUTSIDE.search(query.expression), panel.title
             assert names <= known, (panel.title, names - known)
+
+
+def test_prometheus_understands_every_query(tmp_path: Path) -> None:
+    """As rules, which its tool reads without a server."""
+    queries = [query for dashboard in DASHBOARDS for panel in dashboard.panels for query in panel.queries]
+    rules = [{"record": f"query_{number}", "expr": expression(query)} for number, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    promtool(tmp_path, "check", "rules", "rules.yaml")
 
 
 def test_every_alert_asks_for_what_is_counted() -> None:
