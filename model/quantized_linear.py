@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.layers import Linear
-from model.quantization import FP8_MAX, QuantizedWeight
+from model.quantization import QuantizedWeight
 
 if TYPE_CHECKING:
     from model.kernels.weight_tiles import WeightStack
@@ -50,7 +50,7 @@ def make_quantized_linear(weight: QuantizedWeight, dtype: torch.dtype) -> Linear
             return Int8Linear(weight, dtype)
         case "int4", "cpu" if has_int4_kernel(weight, dtype):
             return Int4Linear(weight)
-        case "fp8", "cuda" if has_fp8_kernel(weight, dtype):
+        case "fp8", "cuda" if find_spec("triton") is not None and has_fp8_kernel(weight, dtype):
             return Fp8Linear(weight)
         case _, "cuda" if find_spec("triton") is not None:
             return KernelLinear(weight, dtype)
@@ -154,12 +154,13 @@ class Fp8Linear:
     def __call__(self, x_TI: Tensor) -> Tensor:
         if not len(x_TI):
             return x_TI.new_empty(0, self.out_features)
-        wide_TI = x_TI.float()
-        scale_T1 = wide_TI.abs().amax(-1, keepdim=True).clamp_min(1e-12) / FP8_MAX
-        rounded_TI = (wide_TI / scale_T1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        from model.kernels.round_rows import round_rows
+
+        code_TI, scale_T = round_rows(x_TI.contiguous())
         return torch._scaled_mm(
-            rounded_TI, self.weight.packed_OP.T, scale_a=scale_T1, scale_b=self._scale_1O, out_dtype=torch.bfloat16
-        )
+            code_TI, self.weight.packed_OP.T,
+            scale_a=scale_T[:, None], scale_b=self._scale_1O, out_dtype=torch.bfloat16,
+        )  # fmt: skip
 
     @property
     def weight_OI(self) -> Tensor:

@@ -1,15 +1,13 @@
-"""How a GPU computes a block: the kernels of model/kernels, flash attention for prompts, torch's grouped product.
+"""How a GPU computes a block: the kernels of model/kernels, flash attention for prompts, torch's grouped products.
 
 On CPU tensors the same runs in Triton's interpreter, which is how it is tested without a GPU.
 
-T: rows of the step.  S: this rank's share of them.  P: token-expert pairs.  N: rows for this rank's slots.
-D: model width.  F: ffn width.
+T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +16,9 @@ from torch.nn import functional
 from model.batch import Batch
 from model.config import MixtralConfig
 from model.device_attention import DeviceAttention, DevicePlan, DevicePlanner, KernelReader, PageReader
-from model.device_exchange import Listed, OneDevice
-from model.exchange import Dispatched, Exchange, OneRank
-from model.expert_stack import stack_linears
+from model.device_exchange import OneDevice
+from model.device_experts import DeviceExperts
+from model.exchange import Exchange, OneRank
 from model.flash_pages import FlashReader, reads_pages
 from model.graphs import Capture, CudaCapture, DecodeBuffers, DecodeGraphs, PaddedSteps, Run
 from model.kv_cache import KVCache
@@ -28,12 +26,6 @@ from model.moe import Routing
 from model.rotary import Rotary
 from model.varlen_attention import varlen_attention_for
 from model.weights import ExpertWeights
-
-if TYPE_CHECKING:
-    from model.kernels.weight_tiles import WeightStack
-
-# From so many rows per expert on, torch's grouped product takes over on Hopper: multiplying is all there.
-GROUPED_MM_ROWS = 64
 
 
 class TritonBackend:
@@ -50,10 +42,9 @@ class TritonBackend:
         self._dtype = dtype
         self._rotary = Rotary(config, device)
         self._varlen_attention = varlen_attention_for(device, dtype, config.head_dim)
-        self._processors, self._has_grouped_mm = 1, False
+        self._processors = 1
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-            self._has_grouped_mm = torch.cuda.get_device_capability(device) >= (9, 0) and dtype == torch.bfloat16
 
     def exchange(self, exchange: Exchange) -> Exchange:
         from model.kernels.routing import sort_pairs
@@ -94,9 +85,7 @@ class TritonBackend:
         return DecodeGraphs(buffers, prepare, run, self._make_capture())
 
     def experts(self, experts: Sequence[ExpertWeights]) -> DeviceExperts:
-        gate_up = stack_linears([expert.gate_up for expert in experts])
-        down = stack_linears([expert.down for expert in experts])
-        return DeviceExperts(gate_up, down, has_grouped_mm=self._has_grouped_mm)
+        return DeviceExperts(experts, self._dtype)
 
     def norm(self, x_SD: Tensor, weight_D: Tensor) -> Tensor:
         from model.kernels.norm import norm
@@ -113,43 +102,3 @@ class TritonBackend:
 
         logits_SE = functional.linear(x_SD, router_ED).float()
         return Routing(logits_SE, *choose_experts(logits_SE, self._config.num_experts_per_tok))
-
-
-class DeviceExperts:
-    def __init__(self, gate_up: WeightStack, down: WeightStack, *, has_grouped_mm: bool) -> None:
-        self._gate_up = gate_up
-        self._down = down
-        self._has_grouped_mm = has_grouped_mm and gate_up.mode == "plain"
-
-    def __call__(self, dispatched: Dispatched) -> Tensor:
-        if isinstance(dispatched, Listed):
-            return self._listed(dispatched)
-        # Rows that moved are a list as well: of one expert each, in the order they lie in, weighed by who sent them.
-        x_ND, device = dispatched.x_ND, dispatched.x_ND.device
-        order_N = torch.arange(len(x_ND), dtype=torch.int32, device=device)
-        first_L = torch.tensor([0, *dispatched.rows], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        weight_N1 = torch.ones(len(x_ND), 1, device=device)
-        listed = Listed(x_ND.contiguous(), [], order_N, weight_N1, first_L=first_L)
-        return self._listed(listed)[:, 0].to(x_ND.dtype)
-
-    def _listed(self, listed: Listed) -> Tensor:
-        from model.kernels.grouped_experts import grouped_experts
-
-        pairs = listed.weight_SK.numel()
-        if self._has_grouped_mm and listed.whole and pairs >= GROUPED_MM_ROWS * (len(listed.first_L) - 1):
-            return grouped_products(listed, self._gate_up.packed_EOP, self._down.packed_EOP)
-        return grouped_experts(listed.x_ND, listed.order_N, listed.first_L, listed.weight_SK, self._gate_up, self._down)
-
-
-def grouped_products(listed: Listed, gate_up_LFD: Tensor, down_LDF: Tensor) -> Tensor:
-    """The same by torch's product of groups, for many rows: (S, K, D), float32. Every pair must have its slot here."""
-    from model.kernels.swiglu import swiglu
-
-    S, K = listed.weight_SK.shape
-    ends_L = listed.first_L[1:]
-    x_PD = listed.x_ND.index_select(0, listed.order_N // K)
-    hidden_PF = swiglu(functional.grouped_mm(x_PD, gate_up_LFD.transpose(1, 2), offs=ends_L))
-    y_PD = functional.grouped_mm(hidden_PF, down_LDF.transpose(1, 2), offs=ends_L)
-    weight_P1 = listed.weight_SK.flatten().index_select(0, listed.order_N)[:, None]
-    out_PD = torch.empty(y_PD.shape, dtype=torch.float32, device=y_PD.device)
-    return out_PD.index_copy_(0, listed.order_N.long(), y_PD * weight_P1).view(S, K, -1)

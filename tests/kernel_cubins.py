@@ -74,6 +74,7 @@ def launch_all(config: MixtralConfig, tokens: Sequence[int]) -> None:
     from model.kernels.norm import add_norm, norm
     from model.kernels.paged_decode import PageTable, paged_decode
     from model.kernels.rope_write import rope_write
+    from model.kernels.round_rows import round_rows
     from model.kernels.routing import choose_experts, sort_pairs
     from model.kernels.swiglu import swiglu
 
@@ -84,6 +85,7 @@ def launch_all(config: MixtralConfig, tokens: Sequence[int]) -> None:
     for delta in (x_SD, empty(4, K, D, dtype=torch.float32)):
         add_norm(x_SD, delta, weight_D, 1e-5)
     swiglu(empty(4, 2 * config.intermediate_size))
+    round_rows(empty(4, D))
     choose_experts(empty(4, E, dtype=torch.float32), K)
     sort_pairs(torch.zeros(4, K, dtype=torch.int64), E)
     sort_pairs(torch.zeros(1, 1, dtype=torch.int64), E, torch.zeros(E, dtype=torch.int64), torch.zeros(1).int())

@@ -15,7 +15,7 @@ from model import moe
 from model.exchange import OneRank, sort_by_expert
 from model.layers import PlainLinear, rms_norm
 from model.moe import reference_experts, route
-from model.quantization import Mode, quantize
+from model.quantization import FP8_MAX, Mode, quantize
 from model.rotary import rotate
 from model.varlen_attention import Chunks, VarlenAttention, masked_attention, varlen_attention_for
 from model.weights import ExpertWeights
@@ -23,15 +23,16 @@ from model.weights import ExpertWeights
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 from model.device_exchange import OneDevice
+from model.device_experts import grouped_product_for, grouped_products
 from model.kernels.grouped_experts import grouped_experts
 from model.kernels.norm import add_norm
 from model.kernels.paged_decode import PageTable, paged_decode, splits_for
 from model.kernels.quantized_product import quantized_product
 from model.kernels.rope_write import rope_write
+from model.kernels.round_rows import round_rows
 from model.kernels.routing import choose_experts, sort_pairs
 from model.kernels.swiglu import swiglu
 from model.kernels.weight_tiles import WeightStack
-from model.triton_backend import grouped_products
 
 D, F, E, K, H, G, C = 4096, 3584, 8, 2, 32, 8, 128
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -152,8 +153,10 @@ def test_grouped_experts(device: torch.device, dtype: torch.dtype, tokens: int) 
     stacks = WeightStack.plain(gate_up), WeightStack.plain(down)
     found = grouped_experts(x_SD, listed.order_N, listed.first_L, routing.weight_SK, *stacks)
     torch.testing.assert_close(found.sum(1), expected_SD, **tolerance(dtype))
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0):
-        torch.testing.assert_close(grouped_products(listed, gate_up, down).sum(1), expected_SD, **tolerance(dtype))
+    products = [product for stack in stacks if (product := grouped_product_for(stack, dtype))]
+    assert len(products) == (2 if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0) else 0)
+    if products:
+        torch.testing.assert_close(grouped_products(listed, *products).sum(1), expected_SD, **tolerance(dtype))
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))
@@ -168,11 +171,27 @@ def test_quantised_experts(device: torch.device, mode: Mode, dtype: torch.dtype,
     ]
     x_SD = random(device, dtype, tokens, D)
     routing = route(x_SD.float(), random(device, torch.float32, E, D), K)
-    order_P, first = sort_pairs(routing.expert_SK, E)
-    found = grouped_experts(x_SD, order_P, first, routing.weight_SK, *stacks)
+    listed = OneDevice(OneRank(E), sort_pairs).dispatch(0, x_SD, routing.expert_SK, routing.weight_SK)
+    found = grouped_experts(x_SD, listed.order_N, listed.first_L, routing.weight_SK, *stacks)
     experts = experts_of(*(torch.stack([w.dequantize(dtype) for w in stack]) for stack in weights))
     expected_SD = reference_experts(x_SD.float(), routing.expert_SK, routing.weight_SK, experts)
     torch.testing.assert_close(found.sum(1), expected_SD, **tolerance(dtype))
+
+    products = [product for stack in stacks if (product := grouped_product_for(stack, dtype))]
+    if products:
+        # Rows are rounded to fp8, twice: each number by up to a sixteenth.
+        error_SD = grouped_products(listed, *products).sum(1) - expected_SD
+        assert error_SD.square().mean() < 1e-2 * expected_SD.square().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", BATCHES)
+def test_round_rows(device: torch.device, dtype: torch.dtype, rows: int) -> None:
+    x_TI = random(device, dtype, rows, F)
+    code_TI, scale_T = round_rows(x_TI)
+    torch.testing.assert_close(scale_T, x_TI.float().abs().amax(-1) / FP8_MAX)
+    # Of two numbers of fp8 as near as makes no difference either will do.
+    torch.testing.assert_close(code_TI.float() * scale_T[:, None], x_TI.float(), rtol=1 / 15, atol=2e-5)
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))

@@ -12,9 +12,7 @@ import torch
 
 from model.config import MixtralConfig
 from model.cpu_backend import CpuBackend
-from model.device_exchange import Listed
 from model.exchange import OneRank
-from model.expert_stack import together
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.moe import Routing
@@ -26,7 +24,7 @@ from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 
-from model.triton_backend import TritonBackend, grouped_products
+from model.triton_backend import TritonBackend
 
 CPU = torch.device("cpu")
 
@@ -96,29 +94,3 @@ def test_quantised_models_are_the_cpus_too(mode: Mode) -> None:
         for backend in (CpuBackend(config, torch.float32), TritonBackend(config, CPU, torch.float32))
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_rows_that_other_ranks_sent_are_computed_too() -> None:
-    config = random_config(random.Random(0))
-    weights = RandomModel(config, CPU, torch.float32).weights().blocks[0].experts
-    x_SD = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    expert_SK, weight_SK = torch.topk(torch.rand(7, config.num_local_experts), 2)[::-1]
-    exchange = OneRank(config.num_local_experts)
-    dispatched = exchange.dispatch(0, x_SD, expert_SK, weight_SK)
-    expected_ND = CpuBackend(config, torch.float32).experts(weights)(dispatched)
-    found_ND = TritonBackend(config, CPU, torch.float32).experts(weights)(dispatched)
-    torch.testing.assert_close(found_ND, expected_ND, rtol=1e-5, atol=1e-5)
-
-
-def test_torchs_grouped_product_gives_the_same_as_the_kernels() -> None:
-    config = random_config(random.Random(1))
-    experts = RandomModel(config, CPU, torch.float32).weights().blocks[0].experts
-    backend = TritonBackend(config, CPU, torch.float32)
-    x_SD = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    routing = backend.route(x_SD, torch.randn(config.num_local_experts, config.hidden_size))
-    listed = backend.exchange(OneRank(config.num_local_experts)).dispatch(0, x_SD, routing.expert_SK, routing.weight_SK)
-    assert isinstance(listed, Listed)
-    stacks = [together([getattr(expert, name).weight_OI for expert in experts]) for name in ("gate_up", "down")]
-    torch.testing.assert_close(
-        grouped_products(listed, *stacks), backend.experts(experts)(listed), rtol=1e-5, atol=1e-5
-    )
