@@ -1,10 +1,9 @@
-"""Kernels run in Triton's interpreter here, whatever the machine; random cases may take their time on a busy one; files
-of tiny tensors may ask for one thread."""
+"""Kernels run in Triton's interpreter here, whatever the machine; random cases may take their time on a busy one; torch
+has one thread."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,10 +16,8 @@ settings.load_profile("any machine")
 os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """At the start of every test. Tiny tensors: a second thread only waits for the first, and whoever else is tested at
+    the time waits for both."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,7 @@ from model.tokenizer import load_tokenizer
 DEMO = Path(artefacts.__file__).parent
 MOST_BYTES = 12_000_000
 MOST_TOKENS = 120
+DRAWN = 15_000 if os.environ.get("MIXTRAL_TEST_ALL") else 6_000
 
 # A question, and what its answer must contain.
 QUESTIONS = (
@@ -60,15 +61,6 @@ QUESTIONS = (
     ("why ray", "Ray starts the workers"),
     ("can you write code", "I cannot write code."),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +96,14 @@ def plain(question: str) -> str:
 def test_the_same_seed_gives_the_same_text(corpus: Corpus) -> None:
     first, second, other = seeded("test", 3), seeded("test", 3), seeded("test", 4)
     conversations = [corpus.conversation(first) for _ in range(300)]
-    assert conversations == [Corpus().conversation(second) for _ in range(300)]
+    again = Corpus()
+    assert conversations == [again.conversation(second) for _ in range(300)]
     assert conversations != [corpus.conversation(other) for _ in range(300)]
 
 
 def test_training_never_asks_a_held_out_question(corpus: Corpus) -> None:
     rng = seeded("test", 0)
-    trained = {plain(turn.question) for _ in range(15_000) for turn in corpus.conversation(rng).turns}
+    trained = {plain(turn.question) for _ in range(DRAWN) for turn in corpus.conversation(rng).turns}
     # A name may be one of thousands; the words around it must be new, whatever the name.
     assert not any(question.startswith(("hello my name is", "please call me")) for question in trained)
     for kind in KINDS:
@@ -122,7 +115,7 @@ def test_training_never_asks_a_held_out_question(corpus: Corpus) -> None:
 def test_training_never_does_a_held_out_sum(corpus: Corpus) -> None:
     rng = seeded("test", 1)
     seen = 0
-    for _ in range(15_000):
+    for _ in range(DRAWN):
         for turn in corpus.conversation(rng).turns:
             for a, operator, b in re.findall(r"(?<![-+] )\b(\d+) ([-+*]) (\d+)(?: =|\) =)", turn.answer):
                 seen += 1
@@ -163,7 +156,7 @@ def test_one_question_has_one_answer(corpus: Corpus) -> None:
     """Two answers to one question would make greedy decoding a tie."""
     rng = seeded("test", 5)
     answers: dict[str, str] = {}
-    for _ in range(15_000):
+    for _ in range(DRAWN):
         turn = corpus.turn(rng)
         assert answers.setdefault(turn.question.lower(), turn.answer) == turn.answer, turn.question
 

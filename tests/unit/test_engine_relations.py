@@ -60,12 +60,18 @@ REQUESTS = [
 ]
 
 
-async def alone(checkpoint: Path) -> list[list[int]]:
-    engine = await launch_in_process(config(checkpoint, caching=False))
-    try:
-        return [(await tokens(engine, one))[0] for one in REQUESTS]
-    finally:
-        await engine.stop()
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> list[list[int]]:
+    """What each gets from an engine that has nothing else to do."""
+
+    async def one_by_one() -> list[list[int]]:
+        engine = await launch_in_process(config(checkpoint, caching=False))
+        try:
+            return [(await tokens(engine, one))[0] for one in REQUESTS]
+        finally:
+            await engine.stop()
+
+    return asyncio.run(one_by_one())
 
 
 @pytest.mark.parametrize(
@@ -79,14 +85,13 @@ async def alone(checkpoint: Path) -> list[list[int]]:
     ],
 )
 async def test_however_it_is_scheduled_everyone_gets_what_they_get_alone(
-    name: str, changes: dict[str, int], checkpoint: Path
+    name: str, changes: dict[str, int], checkpoint: Path, alone: list[list[int]]
 ) -> None:
-    expected = await alone(checkpoint)
     engine = await launch_in_process(config(checkpoint, **changes))  # type: ignore[arg-type]
     try:
-        assert await tokens(engine, *REQUESTS) == expected
+        assert await tokens(engine, *REQUESTS) == alone
         again = [replace(one, request_id=one.request_id + " again") for one in REQUESTS]
-        assert await tokens(engine, *again) == expected, "now with what the first ones left in the cache"
+        assert await tokens(engine, *again) == alone, "now with what the first ones left in the cache"
         stats = engine.stats()
         assert stats.pages_used == 0
         if name == "memory for little more than one":

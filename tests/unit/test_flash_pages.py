@@ -30,7 +30,6 @@ pytest.importorskip("triton", reason="plans name what kernels take")
 from model.kernels.paged_decode import PageTable
 from model.triton_backend import TritonBackend
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 H, G, C = 4, 2, 16
 

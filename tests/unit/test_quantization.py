@@ -17,8 +17,6 @@ from model.quantization import (
     stored_bytes,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 # Relative error of normal weights, as the number of levels lets expect.
 ERROR = {"int8": 0.009, "fp8": 0.03, "int4": 0.11, "nf4": 0.11}

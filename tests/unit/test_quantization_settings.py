@@ -20,7 +20,6 @@ from model.quantized_writer import quantize_checkpoint
 from tests.quantized_checkpoints import SIZES
 from tests.tiny import CONFIG, write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAPTOP = Machine(8, 0)
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 BITS = {"int8": 8.1, "fp8": 8.1, "int4": 4.25, "nf4": 4.5}  # of a weight, with its share of a scale

@@ -31,8 +31,6 @@ from tests.quantized_checkpoints import (
 )
 from tests.tiny import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
     "int4 in groups": (
         partial(pack_int4, group=32),

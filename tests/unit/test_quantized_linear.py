@@ -20,8 +20,6 @@ from model.quantized_linear import (
     make_quantized_linear,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

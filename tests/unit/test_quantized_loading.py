@@ -24,7 +24,6 @@ from tests.checkpoints import CPU, assert_same, fused, mistral, stacked, write_p
 from tests.quantized_checkpoints import SIZES
 from tests.tiny import CONFIG, weights, write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 H, C = 4, 64
 

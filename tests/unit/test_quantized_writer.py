@@ -26,7 +26,6 @@ from tests.checkpoints import CPU, assert_same, flattened, fused, load
 from tests.quantized_checkpoints import SIZES
 from tests.tiny import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,15 +13,6 @@ import model.sampler
 from model.sampler import SamplingRow, cutoff, noise, sample
 
 MASK = (1 << 64) - 1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for a busy core make these small tensors a hundred times as slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mix64(x: int) -> int:
