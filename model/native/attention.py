@@ -76,6 +76,7 @@ def turn_and_store(
     T, heads, C = heads_THC.shape
     G = key_NGC.shape[1]
     assert heads_THC.is_contiguous()
+    assert slot_T.is_contiguous()
     cos, sin = angles
     kernels().turn_and_store(
         heads_THC.data_ptr(),

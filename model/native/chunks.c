@@ -14,8 +14,7 @@
 
 #ifdef MIXTRAL_NATIVE
 
-#include <string.h>
-
+#include "pack.h"
 #include "pages.h"
 #include "share.h"
 
@@ -57,49 +56,6 @@ static Room room_in(char *memory, int64_t R, int64_t C) {
     room.largest = taken(&memory, R * 4);
     room.sum = taken(&memory, R * 4);
     return room;
-}
-
-// 16 rows of 16 numbers become 16 columns.
-INLINE void transpose(__m512i r[16]) {
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    // Each lane is right now; lane l of r[4 i + j] holds rows 4 i .. 4 i + 3 of column 4 l + j.
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = t[i];
-}
-
-// Keys are output features, dimensions inputs: of 16 keys, one pair of dimensions after another.
-static void pack_keys(const bf16 *keys, const int64_t *slots, int64_t panels, int64_t stride, int64_t C, bf16 *packed) {
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t c = 0; c < C; c += 32) {
-            __m512i pairs[16];
-            for (int j = 0; j < 16; j++)
-                pairs[j] = _mm512_loadu_si512(keys + slots[panel * PANEL + j] * stride + c);
-            transpose(pairs);
-            bf16 *const to = packed + (panel * C + c) * PANEL;
-            for (int pair = 0; pair < 16; pair++) _mm512_storeu_si512(to + pair * 2 * PANEL, pairs[pair]);
-        }
 }
 
 // Dimensions are output features, keys inputs: one pair of keys after another.
@@ -195,7 +151,11 @@ static void attend_block(const Layer *layer, const Chunk *chunk, int64_t g, int6
         const int64_t there = last - at < BLOCK_KEYS ? last - at : BLOCK_KEYS, M = (there + 31) / 32 * 32;
         int64_t slots[BLOCK_KEYS];
         next_slots(&cursor, there, M, slots);
-        pack_keys(layer->keys + g * C, slots, M / PANEL, stride, C, room.keys);
+        for (int64_t panel = 0; panel < M / PANEL; panel++) {
+            const bf16 *rows[PANEL];
+            for (int j = 0; j < PANEL; j++) rows[j] = layer->keys + slots[panel * PANEL + j] * stride + g * C;
+            pack_panel(rows, C, room.keys + panel * PANEL * C);
+        }
         pack_values(layer->values + g * C, slots, M, stride, C, room.values);
         for (int64_t panel = 0; panel < M / PANEL; panel += 2)
             strip(R, room.query, C, C, panels_at(room.keys, panel, panel + 1, 0, C), keep_scores,

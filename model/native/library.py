@@ -29,6 +29,7 @@ Size = ctypes.c_int64
 Real = ctypes.c_float
 
 ARGUMENTS: dict[str, str] = {  # a: address, n: number, r: real
+    "pack": "annan",
     "linear": "anna nnan",
     "experts": "aan aann aan",
     "turn_and_store": "annnn aaaaa n",

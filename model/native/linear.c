@@ -7,7 +7,17 @@
 
 #ifdef MIXTRAL_NATIVE
 
+#include "pack.h"
 #include "share.h"
+
+void pack(const bf16 *weight, int64_t O, int64_t I, bf16 *packed, int64_t threads) {
+#pragma omp parallel for num_threads((int)threads) if (threads > 1)
+    for (int64_t first = 0; first < O; first += PANEL) {
+        const bf16 *rows[PANEL];
+        for (int j = 0; j < PANEL; j++) rows[j] = weight + (first + j) * I;
+        pack_panel(rows, I, packed + first * I);
+    }
+}
 
 INLINE void keep(int M, const __m512 left[TILE_ROWS], const __m512 right[TILE_ROWS], char *y, int64_t y_stride) {
 #pragma GCC unroll 12

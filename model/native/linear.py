@@ -30,9 +30,16 @@ class NativeLinear:
         assert has_kernel(weight_OI)
         self.out_features, self.in_features = weight_OI.shape
         self.nbytes = weight_OI.nbytes
+        weight_OI = weight_OI.contiguous()
         panels, pairs = self.out_features // PANEL, self.in_features // 2
         self.packed = empty_huge((panels, pairs, PANEL, 2), weight_OI.dtype)
-        self.packed.copy_(weight_OI.view(panels, PANEL, pairs, 2).transpose(1, 2))
+        kernels().pack(
+            weight_OI.data_ptr(),
+            self.out_features,
+            self.in_features,
+            self.packed.data_ptr(),
+            torch.get_num_threads(),
+        )
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         assert x_TI.dtype == torch.bfloat16

@@ -44,7 +44,7 @@ def add_norm(x_SD: Tensor, delta_SD: Tensor, weight_D: Tensor, epsilon: float) -
 
 def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of all experts in float32, the best experts, their weights in float32."""
-    x_SD = x_SD.contiguous()
+    x_SD, router_ED = x_SD.contiguous(), router_ED.contiguous()
     S, D = x_SD.shape
     logits_SE = torch.empty(S, len(router_ED))
     expert_SK = torch.empty(S, experts_per_token, dtype=torch.int64)
@@ -66,6 +66,8 @@ def route(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tens
 
 def dispatch(x_SD: Tensor, expert_SK: Tensor, num_experts: int) -> tuple[Tensor, list[int], Tensor]:
     """Rows in expert order, how many each expert has, and where each pair's row lies."""
+    assert expert_SK.dtype == torch.int64
+    x_SD, expert_SK = x_SD.contiguous(), expert_SK.contiguous()
     S, D = x_SD.shape
     K = expert_SK.shape[1]
     rows, first_row = (ctypes.c_int64 * num_experts)(), (ctypes.c_int64 * num_experts)()
@@ -89,6 +91,8 @@ def dispatch(x_SD: Tensor, expert_SK: Tensor, num_experts: int) -> tuple[Tensor,
 
 def combine(y_ND: Tensor, place_SK: Tensor, weight_SK: Tensor) -> Tensor:
     """Each token's results, weighted and added in routing order, (S, D)."""
+    assert weight_SK.dtype == torch.float32
+    y_ND, weight_SK = y_ND.contiguous(), weight_SK.contiguous()
     S, K = weight_SK.shape
     D = y_ND.shape[1]
     out_SD = y_ND.new_empty(S, D)

@@ -116,7 +116,7 @@ def test_experts_that_are_not_all_of_one_kind_go_one_after_another() -> None:
     assert isinstance(loop, ExpertLoop)
     x_SD = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     experts = config.num_local_experts
-    expert_SK, weight_SK = torch.arange(experts).expand(5, -1).contiguous(), torch.full((5, experts), 1 / experts)
+    expert_SK, weight_SK = torch.arange(experts).expand(5, -1), torch.full((5, experts), 1 / experts)
     exchange = backend.exchange(OneRank(experts))
     dispatched = exchange.dispatch(0, x_SD, expert_SK, weight_SK)
     whole = exchange.combine(dispatched, backend.experts(native)(dispatched))
