@@ -91,7 +91,7 @@ class RankActor:
     def fetch(self, placement: Placement) -> None:
         self._worker.fetch(placement)
 
-    def prepare(self, grammar: Grammar) -> None:
+    def compile(self, grammar: Grammar) -> None:
         self._worker.compile(grammar)
 
     def _count(self, done: int, total: int) -> None:

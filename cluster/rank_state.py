@@ -19,12 +19,12 @@ from model.pooling import Pool, wanted_rows
 
 @dataclass(slots=True)
 class SequenceState:
-    """Each field is written by start(), then by extend() or by who computes."""
+    """Preparing extends the pages; computing changes sampler and pool."""
 
     start: SequenceStart
     seat: int  # where the device keeps what it sampled last
-    sampled: Sampled | None  # on the rank that samples. Changed by computing
-    pool: Pool | None  # changed by computing
+    sampled: Sampled | None  # on the rank that samples
+    pool: Pool | None
     pages: list[int] = field(default_factory=list)
     runs: tuple[tuple[int, int], ...] = ()  # the same pages, as (first page, pages)
 
@@ -116,6 +116,7 @@ class RankState:
                 self._free_seats.append(released.seat)
         for start in plan.starts:
             if start.group == self._group:
+                assert start.seq not in self._sequences, "it was not released"
                 self._sequences[start.seq] = self._begin(start)
         rows = Rows(self._page_size)
         states: list[SequenceState] = []

@@ -158,7 +158,7 @@ class RayGroup:
 
     def prepare(self, grammar: Grammar) -> None:
         choosing = [rank for number, rank in self._ranks.items() if number % self._config.parallel.tensor == 0]
-        results([rank.ask("beside", "prepare", grammar) for rank in choosing])
+        results([rank.ask("beside", "compile", grammar) for rank in choosing])
 
     def ranks(self) -> tuple[RankStatus, ...]:
         age = self._clock.age()
