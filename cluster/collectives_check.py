@@ -167,12 +167,16 @@ def _serve_rank(pipe: Connection, rank: int, device: str) -> None:
             continue
         if work is not None:
             work.join()
-        work = threading.Thread(target=_answer, args=(pipe, getattr(checks, name), arguments), daemon=True)
+        work = threading.Thread(target=_answer, args=(pipe, place, getattr(checks, name), arguments), daemon=True)
         work.start()
 
 
-def _answer(pipe: Connection, action: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
+def _answer(
+    pipe: Connection, place: torch.device, action: Callable[..., int | None], arguments: tuple[Any, ...]
+) -> None:
     try:
+        if place.type == "cuda":
+            torch.cuda.set_device(place)  # each thread's own: NCCL and captures take the current one
         pipe.send((None, action(*arguments)))
     except Exception as error:  # noqa: BLE001  # whatever it is, the one who asked shall hear of it
         pipe.send((f"{type(error).__name__}: {error}", None))
@@ -192,8 +196,6 @@ class _RankChecks:
         return int(self._store.port)
 
     def join(self, rendezvous: Rendezvous) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # NCCL binds to the current one, which is each thread's own
         self._membership = join(rendezvous, self._rank, LOOPBACK, self._store)
 
     def abort(self) -> None:

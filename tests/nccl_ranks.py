@@ -38,7 +38,7 @@ def on_nccl_ranks(library: NcclLibrary, size: int, function: Callable[[NcclComm]
     unique_id = library.unique_id()
     with ThreadPoolExecutor(size) as threads:
         futures = [
-            threads.submit(lambda r: function(NcclComm(library, unique_id, r, size, lambda: STREAM)), rank)
+            threads.submit(lambda r: function(NcclComm(library, unique_id, r, size, lambda device: STREAM)), rank)
             for rank in range(size)
         ]
         return [future.result(timeout=30) for future in futures]

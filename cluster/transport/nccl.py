@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ SUMMED = {
 CALL_WITHIN_S = 1.0  # a call that takes longer hangs: it only puts work on a stream
 
 
-def cuda_stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+def cuda_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 class NcclComm:
@@ -45,7 +46,7 @@ class NcclComm:
         unique_id: bytes,
         rank: int,
         size: int,
-        current_stream: Callable[[], int] = cuda_stream,
+        current_stream: Callable[[torch.device], int] = cuda_stream,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -58,7 +59,7 @@ class NcclComm:
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         if x.numel():
-            with self._call() as (communicator, stream):
+            with self._call(x.device) as (communicator, stream):
                 self._library.all_reduce(x.data_ptr(), x.data_ptr(), x.numel(), SUMMED[x.dtype], communicator, stream)
         return x
 
@@ -69,7 +70,7 @@ class NcclComm:
         most = max(rows)
         even = x_TD if min(rows) == most else torch.cat([_padded(part, most) for part in torch.split(x_TD, list(rows))])
         pieces, total = even.contiguous(), x_TD.new_empty(most, *x_TD.shape[1:])
-        with self._call() as (communicator, stream):
+        with self._call(x_TD.device) as (communicator, stream):
             self._library.reduce_scatter(
                 pieces.data_ptr(), total.data_ptr(), total.numel(), SUMMED[total.dtype], communicator, stream
             )
@@ -82,7 +83,7 @@ class NcclComm:
         if not gathered.numel():
             return gathered
         piece = _padded(x_SD, most).contiguous()
-        with self._call() as (communicator, stream):
+        with self._call(x_SD.device) as (communicator, stream):
             self._library.all_gather(piece.data_ptr(), gathered.data_ptr(), piece.nbytes, BYTES, communicator, stream)
         if min(rows) == most:
             return gathered
@@ -92,10 +93,10 @@ class NcclComm:
         assert len(send) == len(receive) == self.size
         assert sum(send) == len(x_ND), f"{len(x_ND)} rows to send, {list(send)} announced"
         x_ND, received = x_ND.contiguous(), x_ND.new_empty(sum(receive), *x_ND.shape[1:])
-        row_bytes = x_ND[0].nbytes if len(x_ND) else received[0].nbytes if len(received) else 0
-        if not row_bytes:
+        if not (x_ND.numel() or received.numel()):
             return received
-        with self._call() as (communicator, stream), self._library.together():
+        row_bytes = prod(x_ND.shape[1:]) * x_ND.element_size()
+        with self._call(x_ND.device) as (communicator, stream), self._library.together():
             for rank, (count, after) in enumerate(zip(send, accumulate(send), strict=True)):
                 if count:
                     at = x_ND.data_ptr() + (after - count) * row_bytes
@@ -109,7 +110,7 @@ class NcclComm:
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         x = x.contiguous()
         if x.numel():
-            with self._call() as (communicator, stream):
+            with self._call(x.device) as (communicator, stream):
                 self._library.broadcast(x.data_ptr(), x.nbytes, BYTES, source, communicator, stream)
         return x
 
@@ -133,11 +134,11 @@ class NcclComm:
             log.exception("NCCL did not leave its group; what it holds is freed with the process")
 
     @contextmanager
-    def _call(self) -> Iterator[tuple[Communicator, int]]:
+    def _call(self, device: torch.device) -> Iterator[tuple[Communicator, int]]:
         with self._calling:
             if self._aborted.is_set():
                 raise PeerLost("the group was aborted")
-            yield self._communicator, self._current_stream()
+            yield self._communicator, self._current_stream(device)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
