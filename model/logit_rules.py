@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.to_device import to_device
+from model.to_device import numbers, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _apply_bans(logits_RV: Tensor, rules: Sequence[LogitRules], histories: Seque
     for row, (rule, history) in enumerate(zip(rules, histories, strict=True)):
         banned = banned_ids(rule, history.generated)
         if rule.allowed_ids is not None:
-            kept = [i for i in rule.allowed_ids if i not in banned] or list(rule.allowed_ids)
+            kept = _index([i for i in rule.allowed_ids if i not in banned] or rule.allowed_ids, logits_RV)
             kept_logits = logits_RV[row, kept]
             logits_RV[row] = -torch.inf
             logits_RV[row, kept] = kept_logits
@@ -106,7 +106,7 @@ def _add_bias(logits_RV: Tensor, rules: Sequence[LogitRules]) -> None:
     if entries:
         rows, ids, values = zip(*entries, strict=True)
         where = (_index(rows, logits_RV), _index(ids, logits_RV))
-        logits_RV.index_put_(where, logits_RV.new_tensor(values), accumulate=True)
+        logits_RV.index_put_(where, _column(values, logits_RV)[:, 0], accumulate=True)
 
 
 def _apply_penalties(logits_RV: Tensor, rules: Sequence[LogitRules], histories: Sequence[History]) -> None:
@@ -115,9 +115,9 @@ def _apply_penalties(logits_RV: Tensor, rules: Sequence[LogitRules], histories: 
         return
     index = _index(penalized, logits_RV)
     chosen = [rules[row] for row in penalized]
-    repetition_R1 = logits_RV.new_tensor([[rule.repetition_penalty] for rule in chosen])
-    frequency_R1 = logits_RV.new_tensor([[rule.frequency_penalty] for rule in chosen])
-    presence_R1 = logits_RV.new_tensor([[rule.presence_penalty] for rule in chosen])
+    repetition_R1 = _column([rule.repetition_penalty for rule in chosen], logits_RV)
+    frequency_R1 = _column([rule.frequency_penalty for rule in chosen], logits_RV)
+    presence_R1 = _column([rule.presence_penalty for rule in chosen], logits_RV)
     count_RV = to_device(torch.stack([histories[row].count_V for row in penalized]), logits_RV.device)
     prompt_RV = to_device(torch.stack([histories[row].prompt_V for row in penalized]), logits_RV.device)
     some_RV = logits_RV[index]
@@ -126,5 +126,9 @@ def _apply_penalties(logits_RV: Tensor, rules: Sequence[LogitRules], histories: 
     logits_RV[index] = some_RV - frequency_R1 * count_RV - presence_R1 * (count_RV > 0)
 
 
-def _index(numbers: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
+def _index(ids: Sequence[int], like: Tensor) -> Tensor:
+    return numbers(ids, torch.int64, like.device)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return numbers(values, torch.float32, like.device)[:, None]

@@ -1,0 +1,158 @@
+"""From a batch to sampled ids nobody waits for the device: the host may be a whole step ahead of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import triton_backend
+from model.batch import Batch, SequenceSpan
+from model.config import MixtralConfig
+from model.exchange import OneRank, SlotLoad
+from model.kv_cache import KVCache
+from model.layers import PlainLinear
+from model.logit_rules import History, LogitRules, apply_rules
+from model.mixtral import Mixtral
+from model.quantization import Mode, QuantizedWeight
+from model.quantized_linear import KernelLinear, QuantizedLinear
+from model.sampler import SamplingRow, sample
+from model.shard import Shard
+from model.to_device import numbers
+from model.varlen_attention import flash_attn_attention
+from model.weights import BlockWeights, ExpertWeights, MixtralWeights
+from tests.no_waiting import DEVICE, NoWaiting, Waits
+from tests.random_model import RandomModel
+from tests.tiny import CONFIG
+
+pytest.importorskip("triton", reason="the step's kernels are Triton's")
+
+from triton.runtime.interpreter import InterpretedFunction
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAGE, SIZES = 256, {"intermediate_size": 128, "vocab_size": 384}
+
+
+@pytest.fixture(autouse=True)
+def kernels_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **options: None)
+
+
+def there(value: Any) -> Any:
+    """The same weights without their numbers."""
+    match value:
+        case Tensor():
+            return value.to(DEVICE)
+        case PlainLinear():
+            return PlainLinear(value.weight_OI.to(DEVICE))
+        case QuantizedLinear():
+            weight = value.weight
+            return KernelLinear(
+                QuantizedWeight(weight.mode, there(weight.packed_OP), there(weight.scale_OG)), torch.float32
+            )
+        case tuple():
+            return tuple(map(there, value))
+        case ExpertWeights() | BlockWeights() | MixtralWeights():
+            return replace(value, **{name: there(getattr(value, name)) for name in value.__dataclass_fields__})
+    return value
+
+
+def tiny(mode: Mode | None, window: int | None) -> tuple[Mixtral, KVCache]:
+    config = MixtralConfig.from_dict(CONFIG | SIZES | {"sliding_window": window}, "config.json")
+    weights = there(RandomModel(config, torch.device("cpu"), torch.float32, mode=mode).weights())
+    kv = KVCache(config, Shard(), num_pages=8, page_size=PAGE, dtype=torch.float32, device=DEVICE)
+    return Mixtral(config, weights), kv
+
+
+def batch(spans: list[SequenceSpan]) -> Batch:
+    rows = sum(span.length for span in spans)
+    numbers_T = [torch.zeros(rows, dtype=torch.int64, device=DEVICE) for _ in range(3)]
+    return Batch(*numbers_T, tuple(spans), torch.zeros(len(spans), dtype=torch.int64, device=DEVICE))
+
+
+DECODES = [SequenceSpan(0, 1, 300, ((3, 1), (5, 1))), SequenceSpan(1, 1, 7, ((0, 1),))]
+CHUNK = SequenceSpan(2, 5, 260, ((1, 2),))
+
+
+@pytest.mark.parametrize("mode", [None, "int4", "fp8"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("spans", [DECODES, [*DECODES, CHUNK]], ids=["decodes", "with a prompt"])
+def test_a_step_does_not_wait(mode: Mode | None, window: int | None, spans: list[SequenceSpan]) -> None:
+    model, kv = tiny(mode, window)
+    exchange = OneRank(4, SlotLoad(2, 4))
+    step = batch(spans)
+    model.forward(step, kv, exchange)  # what is made once, of a first step, may wait
+    with NoWaiting():
+        assert model.logits(model.forward(step, kv, exchange)).shape == (len(spans), 384)
+
+
+def test_flash_attns_pages_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = ModuleType("flash_attn")
+    for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        fake.__dict__[name] = lambda query, *args, **options: query
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    monkeypatch.setattr(triton_backend, "varlen_attention_for", lambda *_: flash_attn_attention)
+    model, kv = tiny(None, None)
+    with NoWaiting():
+        model.forward(batch([*DECODES, CHUNK]), kv, OneRank(4))
+
+
+ROWS = [
+    SamplingRow(temperature=0.0),
+    SamplingRow(seed=3, index=7),
+    SamplingRow(top_k=5, seed=1),
+    SamplingRow(top_p=0.9, min_p=0.1, temperature=0.5),
+]
+RULES = [
+    LogitRules(),
+    LogitRules(allowed_ids=(5, 6, 7)),
+    LogitRules(bad_words=((4,), (2, 3)), min_tokens=3, stop_ids=(2,)),
+    LogitRules(bias=((5, 1.0), (6, -1.0)), repetition_penalty=1.1, frequency_penalty=0.5, presence_penalty=0.1),
+]
+
+
+def test_choosing_tokens_does_not_wait() -> None:
+    logits_RV = torch.empty(4, 384, device=DEVICE)
+    histories = [History.start([1, 2, 3], 384) for _ in RULES]
+    with NoWaiting():
+        assert sample(apply_rules(logits_RV, RULES, histories), ROWS).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: torch.tensor([1.0], device=DEVICE),
+        lambda x: x.new_tensor([1.0]),
+        lambda x: torch.tensor([1.0, 2.0]).to(DEVICE),
+        lambda x: x.copy_(torch.ones(3, 4)),
+        lambda x: x[[0, 1]],
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x[x > 0],
+        lambda x: x.__setitem__(x > 0, 1.0),
+    ],
+)
+def test_what_waits_is_found(waits: Callable[[Tensor], object]) -> None:
+    with NoWaiting(), pytest.raises(Waits):
+        waits(torch.empty(3, 4, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    "reads", [Tensor.tolist, Tensor.cpu, Tensor.nonzero, lambda x: x[0, 0].item(), lambda x: bool(x[0, 0] > 0)]
+)
+def test_what_reads_numbers_fails_by_itself(reads: Callable[[Tensor], object]) -> None:
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        reads(torch.empty(3, 4, device=DEVICE))
+
+
+def test_what_need_not_wait_does_not() -> None:
+    x = torch.empty(3, 4, device=DEVICE)
+    with NoWaiting():
+        index = numbers([0, 2], torch.int64, DEVICE)
+        x[index, 1] = 0.0
+        x[:2, 0] += x[index, 0]
