@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 
 from cluster.commands import Abort, Add, Command, Died, Limit, Move
@@ -26,39 +26,22 @@ from cluster.errors import CanaryFailed, StepFailed
 from cluster.exchange_rule import choose_exchange
 from cluster.expert_load import ExpertLoad
 from cluster.graph_ladder import GraphLadder
-from cluster.messages import EngineStats, StepPlan, StepResult, TokenEvent
-from cluster.observer import Observer, StepRecord
+from cluster.messages import EngineStats, StepPlan, TokenEvent
+from cluster.observer import Observer
 from cluster.proofs import Proofs
 from cluster.recovery import Recovery
 from cluster.scheduler import Event, Scheduler
 from cluster.step_clock import StepForecast
-from cluster.worker_group import PendingStep, WorkerGroup
+from cluster.under_way import UnderWay
+from cluster.worker_group import WorkerGroup
 
 log = logging.getLogger(__name__)
 
 STEPS_AHEAD = 1
-CAPTURE_WITHIN_S = 300.0  # the first one compiles kernels
 CHECK_EVERY_S = 60.0  # when idle
 ASK_LOAD_EVERY_S = 1.0  # while there is work
 
 LAST_PLANS = 8
-
-SlotRows = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _UnderWay:
-    """A step that the ranks have been given, and when."""
-
-    plan: StepPlan
-    pending: PendingStep
-    schedule_s: float
-    handed_out: float
-
-    @property
-    def num_tokens(self) -> int:
-        """For the forecast; a canary counts as a small step."""
-        return max(1, self.plan.num_tokens)
 
 
 class EngineLoop:
@@ -86,7 +69,7 @@ class EngineLoop:
         self._observer = observer
         self._graphs = graphs
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[UnderWay] = deque()
         self._forecast = StepForecast()
         self._finished = 0.0  # when the last step was
         placement = load.placement
@@ -162,9 +145,9 @@ class EngineLoop:
                     plan = self._complete(plan, began)
                     planned = monotonic()
                     self._plans.append(plan)
-                    self._under_way.append(_UnderWay(plan, self._group.step(plan), planned - began, planned))
+                    self._under_way.append(UnderWay(plan, self._group.step(plan), planned - began, planned))
                 if len(self._under_way) > STEPS_AHEAD or (plan is None and self._under_way):
-                    self._finish(self._deadline_s(self._under_way[0]))
+                    self._finish(self._under_way[0].deadline_s(self._forecast))
         except StepFailed as failure:
             return failure
         return None
@@ -201,16 +184,10 @@ class EngineLoop:
         placement = self._load.placement.number
         return replace(plan, exchange=exchange, placement=placement, report_load=asks, graph=graph)
 
-    def _deadline_s(self, step: _UnderWay) -> float:
-        return CAPTURE_WITHIN_S if step.plan.capture else self._forecast.deadline_s(step.num_tokens)
-
     def _finish(self, timeout_s: float) -> None:
         """Wait for the first step under way, take in what it gave, tell everybody."""
         step = self._under_way[0]
-        try:
-            result = step.pending.result(timeout_s)
-        except TimeoutError:
-            raise StepFailed(f"step {step.plan.step} took longer than {timeout_s:.0f} s", "deadline") from None
+        result = step.result(timeout_s)
         done = monotonic()
         self._under_way.popleft()
         if not step.plan.capture:
@@ -227,7 +204,11 @@ class EngineLoop:
         self._recovery.completed(events)
         taken = monotonic()
         self._send(events)
-        self._report(step, result, slot_rows, done, taken, monotonic())
+        slot_experts = self._load.placement.expert_of if slot_rows else ()
+        published = monotonic()
+        self._observer.step(
+            step.record(result, self._stats(), slot_rows, slot_experts, done=done, taken=taken, published=published)
+        )
 
     def _done_for_nobody(self, plan: StepPlan, now: float) -> None:
         current = plan.placement == self._load.placement.number  # else experts have moved since
@@ -241,28 +222,6 @@ class EngineLoop:
             self._observer.canary(True)
         if not self._proofs.doubts(now) and self._graphs.due() is None:
             self._proved.set()
-
-    def _report(
-        self, step: _UnderWay, result: StepResult, slot_rows: SlotRows, done: float, taken: float, published: float
-    ) -> None:
-        decodes = sum(len(chunk.token_ids) == 1 for chunk in step.plan.chunks)
-        self._observer.step(
-            StepRecord(
-                prompt_tokens=step.plan.num_tokens - decodes,
-                decode_tokens=decodes,
-                sequences=len(step.plan.chunks),
-                exchange=step.plan.exchange,
-                schedule_s=step.schedule_s,
-                step_s=done - step.handed_out,
-                postprocess_s=taken - done,
-                publish_s=published - taken,
-                ranks=result.times,
-                stats=self._stats(),
-                slot_rows=slot_rows,
-                slot_experts=self._load.placement.expert_of if slot_rows else (),
-                graph=result.graph,
-            )
-        )
 
     def _recover(self, failure: StepFailed) -> None:
         wrong = isinstance(failure, CanaryFailed)
