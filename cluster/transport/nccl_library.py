@@ -123,7 +123,7 @@ class NcclLibrary:
         code = self._functions[name](*arguments)
         if code:
             what, why = self._error_string(code).decode(), (self._last_error(None) or b"").decode().strip()
-            raise NcclError(f"NCCL {self.version}, {name}: {what}{': ' if why else ''}{why}; NCCL_DEBUG=INFO says more")
+            raise NcclError(f"NCCL {self.version}, {name}: {what}{': ' if why else ''}{why}")
 
 
 def load_nccl() -> NcclLibrary:
