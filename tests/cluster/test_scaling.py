@@ -15,6 +15,7 @@ import httpx
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.e2e.server import free_port
 from tests.load import repeated
@@ -87,12 +88,21 @@ def _client() -> Any:
     return _get_global_client()
 
 
-def shown_ready() -> set[str]:
-    """Replicas that Ray's agent calls ready: what Prometheus sees on a cluster."""
+def shown(name: str) -> list[Sample]:
+    """By Ray's agent: what Prometheus sees on a cluster."""
     node = ray.nodes()[0]
     text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30).text
-    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
-    return {one.labels["replica"] for one in samples if one.name == "ray_mixtral_ready" and one.value == 1}
+    return [one for family in text_string_to_metric_families(text) for one in family.samples if one.name == name]
+
+
+def shown_ready() -> set[str]:
+    return {one.labels["replica"] for one in shown("ray_mixtral_ready") if one.value == 1}
+
+
+def shown_status() -> set[float]:
+    """What the alert MixtralNotAsWanted asks for; 6: as it should be."""
+    asked = {"application": "mixtral", "deployment": "ingress"}
+    return {one.value for one in shown("ray_serve_deployment_status") if asked.items() <= one.labels.items()}
 
 
 class Load:
@@ -164,6 +174,7 @@ def test_nobody_notices_an_upgrade_nor_replicas_that_come_and_go(cluster: Cluste
         cluster.settle(2)  # three requests are far from 1000: it was the memory they hold
         now = cluster.replicas()
         eventually(lambda: shown_ready() == now, "metrics of both replicas, and of none that has ended")
+        eventually(lambda: shown_status() == {6}, "Serve's own word that there is what was asked for")
     assert len(load.answers) > 10
     assert len(set(load.answers)) == 1, sorted(set(load.answers))
     assert "failed" not in load.answers[0]
