@@ -30,6 +30,7 @@ from torch import Tensor
 from model.detokenizer import Vocabulary
 from model.errors import GrammarError
 from model.grammar_text import GrammarKind, library_grammar
+from model.to_device import numbers, to_device
 
 Result = TypeVar("Result")
 
@@ -199,9 +200,9 @@ def apply_grammars(logits_RV: Tensor, matchers: Mapping[int, Matcher]) -> dict[i
             failed[row] = error
     if not masks:
         return failed
-    rows = torch.tensor(list(masks), device=logits_RV.device)
+    rows = numbers(list(masks), torch.int64, logits_RV.device)
     bytes_RB = torch.frombuffer(bytearray(b"".join(masks.values())), dtype=torch.uint8).view(len(masks), -1)
-    logits_RV.index_add_(0, rows, _biases(bytes_RB.to(logits_RV.device), logits_RV))
+    logits_RV.index_add_(0, rows, _biases(to_device(bytes_RB, logits_RV.device), logits_RV))
     best_R = logits_RV.amax(dim=-1).tolist()
     for row in masks:
         if best_R[row] == -torch.inf:
