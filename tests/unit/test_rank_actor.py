@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def test_an_abort_returns_when_the_step_has_come_back_and_the_next_is_not_comput
         aborting.result(WAIT_S)
         assert computed == [0]
         assert isinstance(steps[1].exception(WAIT_S), StepFailed)
+
+
+def test_after_an_abort_no_graph_keeps_the_group_that_it_has_captured(actor: RankActor) -> None:
+    class Graphs:
+        """NCCL frees nothing while one lives."""
+
+    graphs = Graphs()
+    alive = weakref.ref(graphs)
+    actor._worker._graphs = graphs  # type: ignore[assignment]
+    del graphs
+    actor.abort()
+    assert alive() is None
 
 
 def test_a_rank_that_waits_for_others_to_join_is_called_back(actor: RankActor, monkeypatch: pytest.MonkeyPatch) -> None:
