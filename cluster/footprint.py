@@ -23,7 +23,7 @@ MatrixBytes = Callable[[int, int], int]
 
 # On the safe side, by what others report: nobody has measured them here.
 COMMUNICATOR_BYTES = 1 << 30  # NCCL's buffers for one group of ranks
-KERNELS_PER_LAYER = 16  # collectives included
+KERNELS_PER_LAYER = 20  # collectives included
 KERNEL_BYTES = 16 << 10  # that the driver keeps of each in a graph
 SPLITS = 8  # of a text's keys, where there are many texts (model/kernels/paged_decode.py)
 

@@ -8,14 +8,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6 };
+enum { SUCCESS = 0, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6 };
 enum { MAX_RANKS = 8, MAX_CALLS = 64, MAX_GROUPS = 256 };
+enum { UINT8 = 1, INT64 = 4, FLOAT32 = 7, FLOAT64 = 8, BFLOAT16 = 9 };
 enum { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST };
 
 typedef struct { char internal[128]; } UniqueId;
 typedef struct { int kind; const void *source; void *target; size_t count; int type, root; } Call;
 typedef struct { const void *from; void *to; size_t bytes; int peer; } Piece;
-typedef struct { int size, present, arrived, round; Call *calls[MAX_RANKS]; Piece *mail[MAX_RANKS][MAX_RANKS]; UniqueId id; } Group;
+typedef struct {
+    int size, present, arrived, round;
+    Call *calls[MAX_RANKS];
+    Piece *mail[MAX_RANKS][MAX_RANKS]; /* from, to */
+    UniqueId id;
+} Group;
 typedef struct { Group *group; int rank, aborted; void *stream; } Communicator;
 
 static Group groups[MAX_GROUPS];
@@ -84,18 +90,18 @@ int fake_alive(void) { return num_alive; }
 void *fake_stream(void) { return last_stream; }
 
 static double number(const void *memory, size_t index, int type) {
-    if (type == 4) return (double)((const int64_t *)memory)[index];
-    if (type == 7) return ((const float *)memory)[index];
-    if (type == 8) return ((const double *)memory)[index];
+    if (type == INT64) return (double)((const int64_t *)memory)[index];
+    if (type == FLOAT32) return ((const float *)memory)[index];
+    if (type == FLOAT64) return ((const double *)memory)[index];
     uint32_t bits = (uint32_t)((const uint16_t *)memory)[index] << 16; /* bfloat16 */
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 static void store(void *memory, size_t index, int type, double value) {
-    if (type == 4) ((int64_t *)memory)[index] = (int64_t)value;
-    else if (type == 7) ((float *)memory)[index] = (float)value;
-    else if (type == 8) ((double *)memory)[index] = value;
+    if (type == INT64) ((int64_t *)memory)[index] = (int64_t)value;
+    else if (type == FLOAT32) ((float *)memory)[index] = (float)value;
+    else if (type == FLOAT64) ((double *)memory)[index] = value;
     else {
         float single = (float)value;
         uint32_t bits;
@@ -103,7 +109,15 @@ static void store(void *memory, size_t index, int type, double value) {
         ((uint16_t *)memory)[index] = (uint16_t)(bits >> 16); /* exact where sums are */
     }
 }
-static size_t width(int type) { return type == 1 ? 1 : type == 4 || type == 8 ? 8 : type == 7 ? 4 : 2; }
+static size_t width(int type) {
+    switch (type) {
+        case UINT8: return 1;
+        case BFLOAT16: return 2;
+        case FLOAT32: return 4;
+        case INT64: case FLOAT64: return 8;
+        default: return 0; /* not known here */
+    }
+}
 
 /* Wait until every rank has come to this point; non-zero if this one was aborted meanwhile. */
 static int meet(Communicator *own) {
@@ -122,7 +136,8 @@ static int agree(Group *group) {
     Call *first = group->calls[0];
     for (int r = 1; r < group->size; r++) {
         Call *call = group->calls[r];
-        if (call->kind != first->kind || call->count != first->count || call->type != first->type || call->root != first->root) return 0;
+        if (call->kind != first->kind || call->count != first->count) return 0;
+        if (call->type != first->type || call->root != first->root) return 0;
     }
     return 1;
 }
@@ -137,11 +152,13 @@ static char *take(Communicator *own, size_t *bytes) {
     if (call->kind == BROADCAST) memcpy(result, group->calls[call->root]->source, *bytes);
     for (int r = 0; r < group->size && call->kind == ALL_GATHER; r++)
         memcpy(result + r * call->count * one, group->calls[r]->source, call->count * one);
-    for (size_t i = 0; i < elements && (call->kind == ALL_REDUCE || call->kind == REDUCE_SCATTER); i++) {
-        double sum = 0;
-        for (int r = 0; r < group->size; r++)
-            sum += number(group->calls[r]->source, i + (call->kind == REDUCE_SCATTER ? own->rank * call->count : 0), call->type);
-        store(result, i, call->type, sum);
+    if (call->kind == ALL_REDUCE || call->kind == REDUCE_SCATTER) {
+        size_t first = call->kind == REDUCE_SCATTER ? own->rank * call->count : 0;
+        for (size_t i = 0; i < elements; i++) {
+            double sum = 0;
+            for (int r = 0; r < group->size; r++) sum += number(group->calls[r]->source, first + i, call->type);
+            store(result, i, call->type, sum);
+        }
     }
     return result;
 }
@@ -164,27 +181,30 @@ static int perform(Communicator *own, Call *call, void *stream) {
     return code;
 }
 
-static int collective(int kind, const void *source, void *target, size_t count, int type, int root, Communicator *own, void *stream) {
-    if (together || !count || !source || !target) return INVALID_USAGE;
-    Call call = {.kind = kind, .source = source, .target = target, .count = count, .type = type, .root = root};
-    return perform(own, &call, stream);
+static int collective(Call call, Communicator *own, void *stream) {
+    if (together || !call.count || !call.source || !call.target) return INVALID_USAGE;
+    return width(call.type) ? perform(own, &call, stream) : INVALID_ARGUMENT;
 }
 
-int ncclAllReduce(const void *source, void *target, size_t count, int type, int op, Communicator *own, void *stream) {
-    return op ? INVALID_ARGUMENT : collective(ALL_REDUCE, source, target, count, type, 0, own, stream);
+int ncclAllReduce(
+    const void *source, void *target, size_t count, int type, int op, Communicator *own, void *stream) {
+    return op ? INVALID_ARGUMENT : collective((Call){ALL_REDUCE, source, target, count, type, 0}, own, stream);
 }
-int ncclReduceScatter(const void *source, void *target, size_t count, int type, int op, Communicator *own, void *stream) {
-    return op ? INVALID_ARGUMENT : collective(REDUCE_SCATTER, source, target, count, type, 0, own, stream);
+int ncclReduceScatter(
+    const void *source, void *target, size_t count, int type, int op, Communicator *own, void *stream) {
+    return op ? INVALID_ARGUMENT : collective((Call){REDUCE_SCATTER, source, target, count, type, 0}, own, stream);
 }
 int ncclAllGather(const void *source, void *target, size_t count, int type, Communicator *own, void *stream) {
-    return collective(ALL_GATHER, source, target, count, type, 0, own, stream);
+    return collective((Call){ALL_GATHER, source, target, count, type, 0}, own, stream);
 }
-int ncclBroadcast(const void *source, void *target, size_t count, int type, int root, Communicator *own, void *stream) {
-    return collective(BROADCAST, source, target, count, type, root, own, stream);
+int ncclBroadcast(
+    const void *source, void *target, size_t count, int type, int root, Communicator *own, void *stream) {
+    return collective((Call){BROADCAST, source, target, count, type, root}, own, stream);
 }
 
 static int piece(Piece given, int type, Communicator *own, void *stream) {
-    if (!together || num_pieces == MAX_CALLS || given.peer < 0 || given.peer >= own->group->size) return INVALID_USAGE;
+    if (!together || num_pieces == MAX_CALLS) return INVALID_USAGE;
+    if (given.peer < 0 || given.peer >= own->group->size) return INVALID_USAGE;
     given.bytes *= width(type);
     pieces[num_pieces++] = given;
     together_on = own;
@@ -224,8 +244,10 @@ int ncclGroupEnd(void) {
         *letter = NULL;
         pthread_cond_broadcast(&changed);
     }
-    for (int p = 0; p < num_pieces; p++)
-        while (pieces[p].from && own->group->mail[own->rank][pieces[p].peer] == &pieces[p] && !own->aborted) pthread_cond_wait(&changed, &lock);
+    for (int p = 0; p < num_pieces; p++) {
+        Piece **letter = &own->group->mail[own->rank][pieces[p].peer];
+        while (pieces[p].from && *letter == &pieces[p] && !own->aborted) pthread_cond_wait(&changed, &lock);
+    }
     if (own->aborted) code = REMOTE_ERROR;
     pthread_mutex_unlock(&lock);
     return code;
