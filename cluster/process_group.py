@@ -16,9 +16,10 @@ from typing import Literal, Protocol
 
 import torch.distributed as dist
 
+from cluster.errors import StepFailed
 from cluster.transport.gloo import GlooComm
 from cluster.transport.nccl import NcclComm
-from cluster.transport.nccl_library import load_nccl
+from cluster.transport.nccl_library import NcclError, load_nccl
 from cluster.transport.shared_memory import Layout, PeerLost, SharedMemoryComm, create_file
 from model.comm import Comm, Groups, SoloComm
 
@@ -142,7 +143,10 @@ def _connect(
             prefixed.set(f"rank-{rank}", "here")
             # A rank that waits inside NCCL for one that never comes cannot be called back: first see that all are here.
             _wait_for(["id", *(f"rank-{other}" for other in range(size))], prefixed, rendezvous.timeout_s, leave)
-            return NcclComm(library, prefixed.get("id"), rank, size)
+            try:
+                return NcclComm(library, prefixed.get("id"), rank, size)
+            except NcclError as error:  # one of them has died since: the group is formed once more
+                raise StepFailed(f"rank {rank} of {size} could not join its group: {error}") from error
 
 
 def _wait_for(keys: list[str], store: dist.Store, timeout_s: float, leave: threading.Event) -> None:

@@ -183,7 +183,8 @@ static int perform(Communicator *own, Call *call, void *stream) {
 
 static int collective(Call call, Communicator *own, void *stream) {
     if (together || !call.count || !call.source || !call.target) return INVALID_USAGE;
-    return width(call.type) ? perform(own, &call, stream) : INVALID_ARGUMENT;
+    int sums = call.kind == ALL_REDUCE || call.kind == REDUCE_SCATTER;
+    return width(call.type) > (size_t)sums ? perform(own, &call, stream) : INVALID_ARGUMENT;
 }
 
 int ncclAllReduce(

@@ -12,9 +12,10 @@ import torch
 from torch.distributed import PrefixStore
 
 from cluster import process_group
+from cluster.errors import StepFailed
 from cluster.process_group import Membership, Rendezvous, Transport, join, open_store
 from cluster.transport.nccl import NcclComm
-from cluster.transport.nccl_library import NcclLibrary
+from cluster.transport.nccl_library import NcclError, NcclLibrary
 from cluster.transport.shared_memory import PeerLost, SharedMemoryComm, supported
 from model.comm import Groups
 from tests.nccl_ranks import can_compile, fake_nccl
@@ -79,3 +80,15 @@ def test_ranks_meet_over_nccl_in_both_groups(nccl: None) -> None:
     assert [(g.world.rank, g.world.size, g.tensor.rank, g.tensor.size) for g in found] == [
         (0, 4, 0, 2), (1, 4, 1, 2), (2, 4, 0, 2), (3, 4, 1, 2)
     ]  # fmt: skip
+
+
+def test_what_nccl_refuses_is_a_failure_that_a_new_group_may_not_have(
+    nccl: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> int:
+        raise NcclError("NCCL 2.29.7, ncclCommInitRank: remote process exited")
+
+    monkeypatch.setattr(NcclLibrary, "connect", connect)
+    rendezvous = Rendezvous("127.0.0.1", 0, 1, 1, transport="nccl", timeout_s=60)
+    with pytest.raises(StepFailed, match="rank 0 of 1 could not join its group: NCCL 2.29"):
+        join(rendezvous, 0, "127.0.0.1", open_store(rendezvous))
