@@ -5,7 +5,8 @@
 
 Weights are random and made on the device. Floors are of this machine, measured in this process: bytes that a step must
 read at the rate of a large copy, operations at the rate of a large product. A decode step is what a server waits for:
-from the batch on the host to the next tokens on the host.
+from the batch on the host to the next tokens on the host. Each row is printed and written as soon as it is measured, so
+a run that is cut short keeps what it has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,9 +47,10 @@ SIZES = {
         "max_position_embeddings": 8192,
     },
 }
+THEIRS = "transformers"
 THEIR_BATCHES = (1, 8, 32)
 HEADER = (
-    f"{'weights':<10}{'work':<9}{'size':>6}{'ms':>10}{'tokens/s':>11}{'floor ms':>10}{'of floor':>10}"
+    f"{'weights':<13}{'work':<9}{'size':>6}{'ms':>10}{'tokens/s':>11}{'floor ms':>10}{'of floor':>10}"
     f"{'no graph ms':>13}{'theirs':>10} {'':<11}{'ratio':>6}"
 )
 
@@ -57,22 +59,50 @@ HEADER = (
 class Line:
     """One row of the table. `seconds` of one step, or of one prompt."""
 
-    weights: str
+    weights: str  # or THEIRS
     work: str
     size: int  # texts of a decode step, or tokens of a prompt
     seconds: float
-    floor: float
+    floor: float | None = None
     without_graph: float | None = None
-    theirs: float | None = None
-    theirs_name: str = ""
+    way: str = ""  # of computing experts
+    theirs: Line | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.size / self.seconds
 
     def __str__(self) -> str:
-        row = f"{self.weights:<10}{self.work:<9}{self.size:>6}{1e3 * self.seconds:>10.2f}"
-        row += f"{self.size / self.seconds:>11.0f}{1e3 * self.floor:>10.2f}{100 * self.floor / self.seconds:>8.0f} %"
+        row = f"{self.weights:<13}{self.work:<9}{self.size:>6}{1e3 * self.seconds:>10.2f}{self.speed:>11.0f}"
+        row += f"{1e3 * self.floor:>10.2f}{100 * self.floor / self.seconds:>8.0f} %" if self.floor else f"{'':>20}"
         row += f"{1e3 * self.without_graph:>13.2f}" if self.without_graph else f"{'':>13}"
         if self.theirs is None:
-            return row.rstrip()
-        return row + f"{self.size / self.theirs:>10.0f} {self.theirs_name:<11}{self.theirs / self.seconds:>6.2f}"
+            return f"{row}{'':>10} {self.way}".rstrip()
+        return f"{row}{self.theirs.speed:>10.0f} {self.theirs.way:<11}{self.theirs.seconds / self.seconds:>6.2f}"
+
+
+class Report:
+    """The table as it grows, printed, and kept in a directory if there is one for it."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self.lines: list[Line] = []
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "speed.txt").write_text("")
+
+    def add(self, line: Line | str) -> None:
+        print(line, flush=True)
+        if isinstance(line, Line):
+            self.lines.append(line)
+        if self._directory is not None:
+            with (self._directory / "speed.txt").open("a") as file:
+                file.write(f"{line}\n")
+
+    def draw(self) -> None:
+        if self._directory is not None:
+            draw(self.lines, self._directory / "speed.png")
 
 
 @dataclass(frozen=True)
@@ -84,37 +114,44 @@ class Bench:
     prompts: Sequence[int]
     context: int
     turns: int
+    report: Report
 
-    def ours(self, mode: Mode | None, theirs: dict[tuple[str, int], tuple[float, str]]) -> Iterator[Line]:
+    def ours(self, mode: Mode | None) -> None:
         geometry, name = Geometry(self.config, mode), mode or "bfloat16"
+        theirs = {(line.work, line.size): line for line in self.report.lines if line.weights == THEIRS}
         room = max(self.context, -(-max(self.prompts) // max(self.batches)))
         ours = Ours(self.config, self.device, mode, max_batch=max(self.batches), room=room)
+        self.report.add(f"# {name}: weights take {ours.weight_bytes / 1e9:.1f} GB")
         batches = {size: ours.decode_batch(size, self.context) for size in self.batches}
         plain = {size: timed(partial(ours.step, batch), self.device, self.turns) for size, batch in batches.items()}
         touched = {size: ours.experts_touched(batch) for size, batch in batches.items()}
         ours.capture(self.batches)
+
+        def add(work: str, size: int, seconds: float, floor: float, without_graph: float | None = None) -> None:
+            beside = theirs.get((work, size)) if mode is None else None
+            self.report.add(Line(name, work, size, seconds, floor, without_graph, theirs=beside))
+
         for size, batch in batches.items():
             seconds = timed(partial(ours.step, batch), self.device, 2 * self.turns)
             floor = geometry.decode_floor(self.machine, size, self.context, touched[size])
-            other = theirs.get(("decode", size), (None, "")) if mode is None else (None, "")
-            yield Line(name, "decode", size, seconds, floor, plain[size], *other)
+            add("decode", size, seconds, floor, plain[size])
         for length in self.prompts:
             seconds = timed(partial(ours.step, ours.prefill_batch(length)), self.device, self.turns)
-            other = theirs.get(("prefill", length), (None, "")) if mode is None else (None, "")
-            yield Line(name, "prefill", length, seconds, geometry.prefill_floor(self.machine, length), None, *other)
+            add("prefill", length, seconds, geometry.prefill_floor(self.machine, length))
 
-    def theirs(self) -> dict[tuple[str, int], tuple[float, str]]:
+    def theirs(self) -> None:
         """The fastest of transformers' ways, and which it was."""
         theirs = Theirs(self.config, self.device)
-        found = {}
+
+        def add(work: str, size: int, found: dict[str, float]) -> None:
+            seconds, way = min((time, way) for way, time in found.items())
+            self.report.add(Line(THEIRS, work, size, seconds, way=way))
+
         for size in self.batches:
             if size in THEIR_BATCHES:
-                seconds = theirs.decode_seconds(size, self.context, self.turns)
-                found["decode", size] = min((time, name) for name, time in seconds.items())
+                add("decode", size, theirs.decode_seconds(size, self.context, self.turns))
         for length in self.prompts:
-            seconds = theirs.prefill_seconds(length, max(1, self.turns // 3))
-            found["prefill", length] = min((time, name) for name, time in seconds.items())
-        return found
+            add("prefill", length, theirs.prefill_seconds(length, max(1, self.turns // 3)))
 
 
 def forget(device: torch.device) -> None:
@@ -143,12 +180,11 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     ):
         for weights in dict.fromkeys(line.weights for line in lines):
             some = [line for line in lines if (line.weights, line.work) == (weights, work)]
-            sizes = [line.size for line in some]
-            [curve] = axes.plot(sizes, [line.size / line.seconds for line in some], "o-", label=weights)
-            axes.plot(sizes, [line.size / line.floor for line in some], "--", color=curve.get_color(), alpha=0.5)
-        beside = [line for line in lines if line.theirs and line.work == work]
-        speeds = [line.size / line.theirs for line in beside if line.theirs]
-        axes.plot([line.size for line in beside], speeds, "s:", color="black", label="transformers")
+            style = "s:k" if weights == THEIRS else "o-"
+            [curve] = axes.plot([line.size for line in some], [line.speed for line in some], style, label=weights)
+            floors = [(line.size, line.size / line.floor) for line in some if line.floor]
+            if floors:
+                axes.plot(*zip(*floors, strict=True), "--", color=curve.get_color(), alpha=0.5)
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="tokens per second", title=f"{work} (dashed: floor)")
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -172,24 +208,18 @@ def main() -> None:
     config = MixtralConfig.from_dict({"model_type": "mixtral"} | SIZES[args.geometry], "the bench's geometry")
     machine = Machine.measured(device, small=args.geometry == "tiny")
     batches, prompts = ([int(size) for size in text.split(",")] for text in (args.batches, args.prompts))
-    bench = Bench(config, device, machine, batches, prompts, args.context, args.turns)
-    head = [
-        f"Mixtral {args.geometry}, contexts of {args.context} tokens. {described(device)}",
-        f"copies move {machine.bandwidth / 1e12:.3f} TB/s, {DTYPE} products do {machine.speed / 1e12:.1f} TFLOP/s",
-        HEADER,
-    ]
-    print(*head, sep="\n", flush=True)
-    theirs = {} if args.alone else bench.theirs()
-    lines: list[Line] = []
+    report = Report(args.out)
+    report.add(f"Mixtral {args.geometry}, contexts of {args.context} tokens. {described(device)}")
+    products = f"{DTYPE} products do {machine.speed / 1e12:.1f}, of fp8 {machine.fp8_speed / 1e12:.1f} TFLOP/s"
+    report.add(f"copies move {machine.bandwidth / 1e12:.3f} TB/s, {products}")
+    report.add(HEADER)
+    bench = Bench(config, device, machine, batches, prompts, args.context, args.turns, report)
+    if not args.alone:
+        bench.theirs()
     for name in args.modes.split(","):
         forget(device)
-        for line in bench.ours(None if name == "bfloat16" else cast(Mode, name), theirs):
-            print(line, flush=True)
-            lines.append(line)
-        if args.out is not None:  # after each mode: what was measured stays, whatever happens to the next
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "speed.txt").write_text("\n".join([*head, *map(str, lines)]) + "\n")
-            draw(lines, args.out / "speed.png")
+        bench.ours(None if name == "bfloat16" else cast(Mode, name))
+        report.draw()
 
 
 if __name__ == "__main__":

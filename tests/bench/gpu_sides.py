@@ -56,6 +56,7 @@ class Machine:
 
     bandwidth: float
     speed: float
+    fp8_speed: float  # of numbers of one byte, where a device multiplies them as they are; else the same
 
     @classmethod
     def measured(cls, device: torch.device, *, small: bool) -> Machine:
@@ -64,7 +65,13 @@ class Machine:
         bandwidth = 2 * source.nbytes / timed(partial(target.copy_, source), device, 20)
         N = 256 if small else 8192
         x_NN = torch.randn(N, N, device=device, dtype=DTYPE)
-        return cls(bandwidth, 2 * N**3 / timed(partial(torch.mm, x_NN, x_NN), device, 20))
+        speed = 2 * N**3 / timed(partial(torch.mm, x_NN, x_NN), device, 20)
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+            return cls(bandwidth, speed, speed)
+        code_NN, scale_N1 = x_NN.to(torch.float8_e4m3fn), torch.ones(N, 1, device=device)
+        scales = {"scale_a": scale_N1, "scale_b": scale_N1.T.contiguous(), "out_dtype": DTYPE}
+        product = partial(torch._scaled_mm, code_NN, code_NN.T, **scales)
+        return cls(bandwidth, speed, 2 * N**3 / timed(product, device, 20))
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,15 @@ class Geometry:
         c = self.config
         weights = c.num_hidden_layers * self._attention + experts_touched * self._expert
         moved = weights * BITS[self.mode] / 8 + self._head * DTYPE.itemsize + batch * context * self.key_bytes
-        return max(moved / machine.bandwidth, self._operations(batch, batch, batch * context) / machine.speed)
+        return max(moved / machine.bandwidth, self._operations(batch, batch, batch * context) / self._speed(machine))
 
     def prefill_floor(self, machine: Machine, length: int) -> float:
-        return max(self._operations(length, 1, length**2 / 2) / machine.speed, self.weight_bytes() / machine.bandwidth)
+        operations = self._operations(length, 1, length**2 / 2)
+        return max(operations / self._speed(machine), self.weight_bytes() / machine.bandwidth)
+
+    def _speed(self, machine: Machine) -> float:
+        """Attention itself is a few percent, and counted as if it were quantised too."""
+        return machine.fp8_speed if self.mode == "fp8" else machine.speed
 
     def _operations(self, rows: int, logits_rows: int, pairs: float) -> float:
         """`pairs`: of a row and a key that it sees."""
@@ -124,7 +136,9 @@ class Ours:
     ) -> None:
         """`room`: tokens that each of max_batch texts may have; one text alone may have all of it."""
         self._config, self._device = config, device
-        self.model = Mixtral(config, RandomModel(config, device, DTYPE, mode=mode).weights())
+        weights = RandomModel(config, device, DTYPE, mode=mode).weights()
+        self.weight_bytes = weights.nbytes
+        self.model = Mixtral(config, weights)
         self._pages = -(-room // PAGE)
         self._kv = KVCache(
             config, Shard(), num_pages=max_batch * self._pages, page_size=PAGE, dtype=DTYPE, device=device
