@@ -29,12 +29,13 @@ class PaddedExchange:
         self._tables = tables
         self._load = load
         self._slot_layers = tables.own_slots(groups.world.rank)
+        self._share = tables.slices / groups.world.size
 
     def __call__(self, rows: int, tokens_G: Tensor) -> Exchange:
         """Of a step of so many rows in every group, tokens_G of which are there."""
         if self._groups.world.size == 1:
             return padded_alone(OneRank(self._tables.num_experts, self._load))(rows, tokens_G)
-        own = ListedPairs(self._slot_layers, self._tables.slots_per_rank, rows, tokens_G, self._load)
+        own = ListedPairs(self._slot_layers, self._tables, self._share, rows, tokens_G, self._load)
         if len(tokens_G) == 1:
             return AllReduce(self._groups.world, own)
         return GroupedAllReduce(self._groups, [rows] * len(tokens_G), own)
@@ -43,10 +44,19 @@ class PaddedExchange:
 class ListedPairs:
     """Of the pairs of all rows, those of this rank's slots, listed: kernels find the rows where they lie."""
 
-    def __init__(self, slot_layers: list[Tensor], num_slots: int, rows: int, tokens_G: Tensor, load: SlotLoad) -> None:
-        """`slot_layers`: SlotTables.own_slots()."""
+    def __init__(
+        self,
+        slot_layers: list[Tensor],
+        tables: SlotTables,
+        share: float,
+        rows: int,
+        tokens_G: Tensor,
+        load: SlotLoad,
+    ) -> None:
+        """`slot_layers`: tables.own_slots() of this rank. `share`: of all pairs, those it is likely to have."""
         self._slot_layers = slot_layers
-        self._num_slots = num_slots
+        self._num_slots = tables.slots_per_rank
+        self._share = share
         self._load = load
         row_T = torch.arange(len(tokens_G) * rows, device=tokens_G.device)
         there_GR = torch.arange(rows, device=tokens_G.device) < tokens_G[:, None]
@@ -58,7 +68,7 @@ class ListedPairs:
         slot_TK = self._slot_layers[layer][expert_TK, self._turn_T1]
         counts = self._load.on_device(x_TD.device)[layer]
         order_P, first = sort_pairs(slot_TK, self._num_slots + 1, counts)  # others' pairs are those of one slot more
-        return Listed(x_TD, [], order_P, weight_TK, first_L=first[: self._num_slots + 1], whole=False)
+        return Listed(x_TD, [], order_P, weight_TK, first_L=first[: self._num_slots + 1], share=self._share)
 
     def sum(self, dispatched: Dispatched, y_TKD: Tensor) -> Tensor:
         """This rank's part of every row's output. Experts have weighed it."""

@@ -25,11 +25,11 @@ class Listed(Dispatched):
     """Here x_ND is the share itself, (S, D), and order_N all its pairs, int32, slot after slot; rows is empty.
 
     first_L   where each slot's pairs begin in order_N, and where the last one's end: int32, one more than slots
-    whole     every pair has its slot here
+    share     of all pairs, those that are likely to have their slot here; 1: every pair has
     """
 
     first_L: Tensor
-    whole: bool = True
+    share: float = 1.0
 
 
 class OneDevice:

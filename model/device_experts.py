@@ -60,9 +60,12 @@ class DeviceExperts:
         from model.kernels.grouped_experts import grouped_experts
 
         pairs, slots = listed.weight_SK.numel(), len(listed.first_L) - 1
-        if len(self._products) == 2 and listed.whole and pairs >= GROUPED_ROWS * slots:
+        if len(self._products) == 2 and listed.share == 1 and pairs >= GROUPED_ROWS * slots:
             return grouped_products(listed, *self._products)
-        return grouped_experts(listed.x_ND, listed.order_N, listed.first_L, listed.weight_SK, *self._stacks)
+        gate_up, down = self._stacks
+        return grouped_experts(
+            listed.x_ND, listed.order_N, listed.first_L, listed.weight_SK, gate_up, down, listed.share
+        )
 
 
 def grouped_products(listed: Listed, gate_up: GroupedProduct, down: GroupedProduct) -> Tensor:

@@ -19,11 +19,18 @@ from model.kernels.weight_tiles import WeightStack, product, tiling_for
 
 
 def grouped_experts(
-    x_SD: Tensor, order_P: Tensor, first_L: Tensor, weight_SK: Tensor, gate_up: WeightStack, down: WeightStack
+    x_SD: Tensor,
+    order_P: Tensor,
+    first_L: Tensor,
+    weight_SK: Tensor,
+    gate_up: WeightStack,
+    down: WeightStack,
+    share: float = 1.0,
 ) -> Tensor:
     """What each token's experts give, weighted, (S, K, D), float32. first_L: where slots begin in order_P, and the end.
 
-    Pairs outside order_P[first_L[0] : first_L[-1]] have no slot here and give zeros.
+    Pairs outside order_P[first_L[0] : first_L[-1]] have no slot here and give zeros; the others are likely to be this
+    share of all.
     """
     S, D = x_SD.shape
     K, slots = weight_SK.shape[1], len(first_L) - 1
@@ -35,7 +42,7 @@ def grouped_experts(
     assert weight_SK.is_contiguous()
     hidden_PF = x_SD.new_empty(P, F)
     # Rows are not dealt evenly: half as many again, so that few slots need a second tile.
-    tiling = tiling_for(1.5 * P / slots)
+    tiling = tiling_for(1.5 * share * P / slots)
     tiles = (P + min(slots, P) * (tiling.rows - 1)) // tiling.rows  # at most, wherever the borders lie
     shape = {"SLOTS": triton.next_power_of_2(slots), "ROWS": tiling.rows, "COLUMNS": tiling.columns}
     options = {"DEPTH": tiling.depth, "num_warps": tiling.warps, "num_stages": tiling.stages}

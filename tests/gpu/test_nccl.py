@@ -139,7 +139,7 @@ def test_a_replayed_step_with_collectives_is_the_computed_one(comm: NcclComm, de
     )
 
     def exchange(graph_rows: int, tokens_G: Tensor) -> AllReduce:
-        return AllReduce(comm, ListedPairs(slots, tables.slots_per_rank, graph_rows, tokens_G, load))
+        return AllReduce(comm, ListedPairs(slots, tables, 0.5, graph_rows, tokens_G, load))
 
     graphs = model.decode_graphs(PaddedSteps(kv, 8, exchange))
     for size in (8, 4, 1):

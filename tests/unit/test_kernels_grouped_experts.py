@@ -71,15 +71,16 @@ def test_they_are_the_experts(
     torch.testing.assert_close(found.sum(1).to(dtype), expected_SD, rtol=tolerance, atol=tolerance)
 
 
-def test_pairs_of_other_ranks_give_zeros() -> None:
-    """Slots 1 and 2 of four are here."""
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+def test_pairs_of_other_ranks_give_zeros(share: float) -> None:
+    """Slots 1 and 2 of four are here, whatever share was likely to be."""
     gate_up, down = random_stack(4, 32, 24, torch.float32), random_stack(4, 24, 16, torch.float32)
     x_SD = torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
     expert_SK, weight_SK = chosen(9, 4, 2)
     order_P, first = sorted_pairs(expert_SK, 4)
     whole = grouped_experts(x_SD, order_P, first, weight_SK, WeightStack.plain(gate_up), WeightStack.plain(down))
     stacks = WeightStack.plain(gate_up[1:3]), WeightStack.plain(down[1:3])
-    part = grouped_experts(x_SD, order_P, first[1:4], weight_SK, *stacks)
+    part = grouped_experts(x_SD, order_P, first[1:4], weight_SK, *stacks, share)
     here_SK1 = ((expert_SK == 1) | (expert_SK == 2))[..., None]
     torch.testing.assert_close(part, whole * here_SK1)
 

@@ -90,5 +90,5 @@ def test_what_nccl_refuses_is_a_failure_that_a_new_group_may_not_have(
 
     monkeypatch.setattr(NcclLibrary, "connect", connect)
     rendezvous = Rendezvous("127.0.0.1", 0, 1, 1, transport="nccl", timeout_s=60)
-    with pytest.raises(StepFailed, match="rank 0 of 1 could not join its group: NCCL 2.29"):
+    with pytest.raises(StepFailed, match="rank 0 of 1 could not join its group"):
         join(rendezvous, 0, "127.0.0.1", open_store(rendezvous))
