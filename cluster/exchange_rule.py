@@ -1,4 +1,4 @@
-"""Which exchange a step uses when the operator leaves it to the engine."""
+"""Which exchange a step uses when the operator leaves it to the engine. One that replays a graph uses the graph's."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Transported(Comm, Protocol):
     """A Comm that other ranks are behind."""
 
     def abort(self) -> None:
-        """Make this rank's collectives raise, now and from now on. Callable from another thread."""
+        """End what this rank waits in, with an error or with anything; from now on collectives raise. From any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Membership:
     connections: tuple[Transported, ...]  # the groups that other ranks are in
 
     def abort(self) -> None:
-        """Make this rank's collectives raise, in whichever group. Callable from another thread."""
+        """In whichever group this rank waits."""
         for connection in self.connections:
             connection.abort()
 
