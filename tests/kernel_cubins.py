@@ -2,7 +2,7 @@
 
     python -m tests.kernel_cubins [--whole]    one JSON object per line: kernel, constants, bytes of code, shared memory
 
-Every kernel in every mode of weights; with --whole in every tiling as well.
+Every kernel in every mode of weights, in two tilings; with --whole in every one.
 
 A process of its own: Triton decides as it is imported whether kernels are interpreted.
 """
@@ -23,6 +23,7 @@ from model.quantization import Mode, weights_per_byte
 BFLOAT16 = torch.bfloat16
 CAPABILITY = 90
 EVERY_TILING = (1, 64, 128, 1024)  # tokens of a step
+TWO_TILINGS = (1, 128)  # one deeper than a group of weights that share a scale, one as deep
 CONFIG = {
     "model_type": "mixtral",
     "vocab_size": 32000,
@@ -110,8 +111,8 @@ def launch_products(config: MixtralConfig, batches: Sequence[int]) -> None:
         weight_SK = empty(tokens, 2, dtype=torch.float32)
         for gate_up, down in (plain, *quantized):
             grouped_experts(empty(tokens, D), order_P[: 2 * tokens], first_L, weight_SK, gate_up, down)
-    for mode in modes:
-        quantized_product(empty(1, D), stack(mode, 1, 6144, D))
+        for mode in modes:
+            quantized_product(empty(tokens, D), stack(mode, 1, 6144, D))
 
 
 def stack(mode: Mode, experts: int, rows: int, columns: int) -> Any:
@@ -138,5 +139,5 @@ def compiled_kernels(tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ
-    for line in compiled_kernels(EVERY_TILING if sys.argv[1:] == ["--whole"] else EVERY_TILING[:1]):
+    for line in compiled_kernels(EVERY_TILING if sys.argv[1:] == ["--whole"] else TWO_TILINGS):
         print(json.dumps(line))

@@ -128,17 +128,19 @@ def tile_scales(
     DEPTH: tl.constexpr,
 ) -> tl.tensor:
     """The scale of every byte of a tile that begins at column `start`; each is loaded once where groups fit tiles."""
+    # One return: of several, all are compiled, whatever is asked before them.
     if GROUP % DEPTH == 0:
-        return tl.load(scale_rows + start // GROUP, mask=is_weight[:, None], other=0.0).to(tl.float32)
-    if DEPTH % GROUP == 0:
+        scale = tl.load(scale_rows + start // GROUP, mask=is_weight[:, None], other=0.0)
+    elif DEPTH % GROUP == 0:
         group = start // GROUP + tl.arange(0, DEPTH // GROUP)[None, :]
-        is_scale = is_weight[:, None] & (group < I // GROUP)
-        scale = tl.load(scale_rows + group, mask=is_scale, other=0.0).to(tl.float32)
-        wide = tl.broadcast_to(scale[:, :, None], (COLUMNS, DEPTH // GROUP, GROUP // 2))
-        return tl.reshape(wide, (COLUMNS, DEPTH // 2))
-    column = start + 2 * tl.arange(0, DEPTH // 2)[None, :]
-    is_scale = is_weight[:, None] & (column < I)
-    return tl.load(scale_rows + column // GROUP, mask=is_scale, other=0.0).to(tl.float32)
+        narrow = tl.load(scale_rows + group, mask=is_weight[:, None] & (group < I // GROUP), other=0.0)
+        scale = tl.reshape(
+            tl.broadcast_to(narrow[:, :, None], (COLUMNS, DEPTH // GROUP, GROUP // 2)), (COLUMNS, DEPTH // 2)
+        )
+    else:
+        column = start + 2 * tl.arange(0, DEPTH // 2)[None, :]
+        scale = tl.load(scale_rows + column // GROUP, mask=is_weight[:, None] & (column < I), other=0.0)
+    return scale.to(tl.float32)
 
 
 @triton.jit
