@@ -8,16 +8,29 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from deployments.local_ray import OBJECT_STORE_BYTES
+
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's own is 15: whatever else is tested at the time would starve the ranks
+    "RAY_metrics_report_interval_ms": "2000",  # for Prometheus; every 10 s otherwise
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",  # for the policy; likewise
+    "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": "1",  # of deployments and replicas; likewise
+}
+
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _temp_dir=str(tmp_path_factory.mktemp("r")),
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(tmp_path_factory.mktemp("r")),
+        )
+        yield
+        ray.shutdown()

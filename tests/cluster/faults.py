@@ -52,8 +52,8 @@ def hold_interpreter(actor: Any, seconds: float) -> None:
 
 
 def compute_for(actor: Any, seconds: float) -> None:
-    """The next step takes so long, and the machine is busy with it."""
-    from time import monotonic
+    """The next step takes so long: the machine is busy with it at first, and then waits as it would for a device."""
+    from time import monotonic, sleep
 
     import torch
 
@@ -61,9 +61,11 @@ def compute_for(actor: Any, seconds: float) -> None:
 
     def compute_once(prepared: Any) -> Any:
         actor._worker.compute = compute
-        until, x = monotonic() + seconds, torch.ones(1500, 1500)
+        busy_s = min(seconds, 3.0)  # longer than a frozen rank may be silent
+        until, x = monotonic() + busy_s, torch.ones(1500, 1500)
         while monotonic() < until:
             x @ x
+        sleep(seconds - busy_s)
         return compute(prepared)
 
     actor._worker.compute = compute_once

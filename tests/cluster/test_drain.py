@@ -17,6 +17,7 @@ from tests.e2e.server import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray Serve's own
 
+TOKENS = 600  # some seconds of them: the stream is still under way when it is drained
 BODY = {"model": "mixtral-demo", "prompt": "The router", "temperature": 0, "ignore_eos": True, "stream": True}
 
 
@@ -36,8 +37,10 @@ def url(local_ray: None) -> Iterator[str]:
 
 def test_streams_finish_and_nobody_new_is_taken_in(url: str) -> None:
     assert httpx.get(f"{url}/ready", timeout=60).status_code == 200
-    whole = _text(httpx.post(f"{url}/v1/completions", json=BODY | {"max_tokens": 1500}, timeout=120).text.splitlines())
-    with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"max_tokens": 1500}, timeout=120) as answer:
+    whole = _text(
+        httpx.post(f"{url}/v1/completions", json=BODY | {"max_tokens": TOKENS}, timeout=120).text.splitlines()
+    )
+    with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"max_tokens": TOKENS}, timeout=120) as answer:
         lines = answer.iter_lines()
         read = [next(lines) for _ in range(4)]
         leaving = threading.Thread(target=drain, args=("drained",))

@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from time import monotonic
 
 import pytest
+import pytest_asyncio
 
 from cluster.config import EngineConfig, ParallelConfig
 from cluster.engine import Engine
 from cluster.launch import launch, launch_in_process
 from cluster.messages import Request, SamplingParams
-from cluster.observer import Silence
 from cluster.placement import even_placement
 from cluster.worker_group import RayGroup
 from deployments.resolve import Machine, resolve
 from deployments.settings import load
 from model.errors import CheckpointError
+from tests.notes import Notes
 from tests.tiny import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.asyncio(loop_scope="module")]
 
 PROMPTS = ("the router", "a page remembers", "five boxing wizards", "tokens travel far")
 
@@ -35,6 +36,46 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(checkpoint: Path, tensor: int) -> EngineConfig:
     return EngineConfig(str(checkpoint), parallel=ParallelConfig(tensor=tensor, cpus_per_rank=0.5))
+
+
+class OneActor:
+    """An engine with a single rank, which one test after another hurts."""
+
+    def __init__(self, engine: Engine, notes: Notes) -> None:
+        self.engine = engine
+        self.notes = notes
+        self.pids: list[int] = []  # of every process that was the rank
+
+    @property
+    def pid(self) -> int:
+        [rank] = self.engine.ranks()
+        if rank.pid not in self.pids:
+            self.pids.append(rank.pid)
+        return rank.pid
+
+    async def serves_again(self, recoveries: int) -> None:
+        await _until(lambda: self.engine.stats().recoveries == recoveries and self.engine.ready, seconds=60)
+        assert {rank.state for rank in self.engine.ranks()} == {"ready"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def one_actor(checkpoint: Path, local_ray: None) -> AsyncIterator[OneActor]:
+    notes = Notes()
+    one = OneActor(await launch(config(checkpoint, 1), observer=notes), notes)
+    yield one
+    pids = [*one.pids, one.pid]
+    await one.engine.stop()
+    await _gone(pids)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def undisturbed(checkpoint: Path) -> tuple[list[str], list[str]]:
+    """What one process answers and streams."""
+    alone = await launch_in_process(config(checkpoint, 1))
+    try:
+        return await answers(alone), await streams(alone, {})
+    finally:
+        await alone.stop()
 
 
 async def answer(engine: Engine, name: str, prompt: str, **sampling: object) -> str:
@@ -50,22 +91,23 @@ async def answers(engine: Engine) -> list[str]:
     return await asyncio.gather(*greedy, *seeded)
 
 
-async def test_one_process_one_actor_and_two_actors_give_the_same_text(checkpoint: Path) -> None:
-    alone = await launch_in_process(config(checkpoint, 1))
-    expected = await answers(alone)
-    await alone.stop()
+async def test_one_process_one_actor_and_two_actors_give_the_same_text(
+    checkpoint: Path, one_actor: OneActor, undisturbed: tuple[list[str], list[str]]
+) -> None:
+    expected, _ = undisturbed
     assert len(set(expected)) > len(PROMPTS)
-    for tensor in (1, 2):
-        engine = await launch(config(checkpoint, tensor))
-        try:
-            assert await answers(engine) == expected
-            ranks = engine.ranks()
-            assert [rank.rank for rank in ranks] == list(range(tensor))
-            assert {rank.state for rank in ranks} == {"ready"}
-            assert os.getpid() not in {rank.pid for rank in ranks}
-        finally:
-            await engine.stop()
-        await _gone([rank.pid for rank in ranks])
+    assert await answers(one_actor.engine) == expected
+    assert one_actor.pid != os.getpid()
+    two_actors = await launch(config(checkpoint, 2))
+    try:
+        assert await answers(two_actors) == expected
+        ranks = two_actors.ranks()
+        assert [rank.rank for rank in ranks] == [0, 1]
+        assert {rank.state for rank in ranks} == {"ready"}
+        assert os.getpid() not in {rank.pid for rank in ranks}
+    finally:
+        await two_actors.stop()
+    await _gone([rank.pid for rank in ranks])
 
 
 async def stream(engine: Engine, name: str, prompt: str, progress: dict[str, int], **sampling: object) -> str:
@@ -87,60 +129,47 @@ async def streams(engine: Engine, progress: dict[str, int]) -> list[str]:
     )
 
 
-async def test_when_the_only_rank_is_killed_twice_no_stream_loses_or_repeats_a_token(checkpoint: Path) -> None:
-    alone = await launch_in_process(config(checkpoint, 1))
-    expected = await streams(alone, {})
-    await alone.stop()
-    engine = await launch(config(checkpoint, 1))
-    try:
-        before = engine.ranks()
-        for kill in range(2):  # the second time in the group that the first recovery made
-            progress: dict[str, int] = {}
-            running = asyncio.ensure_future(streams(engine, progress))
-            await _until(lambda progress=progress: progress and min(progress.values()) >= 5)
-            began = monotonic()
-            os.kill(engine.ranks()[0].pid, signal.SIGKILL)
-            await _until(lambda kill=kill: engine.stats().recoveries > kill and engine.ready, seconds=60)
-            print(f"serving again after {monotonic() - began:.2f} s")
-            assert await running == expected
-        after = engine.ranks()
-        assert {rank.state for rank in after} == {"ready"}
-        assert engine.stats().pages_used == 0
-    finally:
-        await engine.stop()
-    await _gone([rank.pid for rank in (*before, *after)])
-
-
-async def test_the_only_rank_is_found_and_replaced_when_it_freezes(checkpoint: Path) -> None:
-    failures: list[str] = []
-    observer = Silence()
-    observer.rank_failed = failures.append  # type: ignore[method-assign]
-    engine = await launch(config(checkpoint, 1), observer=observer)
-    try:
+async def test_when_the_only_rank_is_killed_twice_no_stream_loses_or_repeats_a_token(
+    one_actor: OneActor, undisturbed: tuple[list[str], list[str]]
+) -> None:
+    engine, (_, expected) = one_actor.engine, undisturbed
+    for _ in range(2):  # the second time in the group that the first recovery made
+        before = engine.stats().recoveries
         progress: dict[str, int] = {}
         running = asyncio.ensure_future(streams(engine, progress))
-        await _until(lambda: progress and min(progress.values()) >= 5)
+        await _until(lambda progress=progress: progress and min(progress.values()) >= 5)
         began = monotonic()
-        frozen = engine.ranks()[-1].pid
-        os.kill(frozen, signal.SIGSTOP)
-        await _until(lambda: failures == ["frozen"], seconds=60)
-        print(f"found after {monotonic() - began:.2f} s")
-        await _until(lambda: engine.stats().recoveries == 1 and engine.ready, seconds=60)
+        os.kill(one_actor.pid, signal.SIGKILL)
+        await one_actor.serves_again(before + 1)
         print(f"serving again after {monotonic() - began:.2f} s")
-        assert len(set(await running)) > len(PROMPTS)
-    finally:
-        await engine.stop()
+        assert await running == expected
+    assert engine.stats().pages_used == 0
+
+
+async def test_the_only_rank_is_found_and_replaced_when_it_freezes(
+    one_actor: OneActor, undisturbed: tuple[list[str], list[str]]
+) -> None:
+    engine, (_, expected) = one_actor.engine, undisturbed
+    before, failures = engine.stats().recoveries, len(one_actor.notes.failures)
+    progress: dict[str, int] = {}
+    running = asyncio.ensure_future(streams(engine, progress))
+    await _until(lambda: progress and min(progress.values()) >= 5)
+    began = monotonic()
+    frozen = one_actor.pid
+    os.kill(frozen, signal.SIGSTOP)
+    await _until(lambda: one_actor.notes.failures[failures:] == ["frozen"], seconds=60)
+    print(f"found after {monotonic() - began:.2f} s")
+    await one_actor.serves_again(before + 1)
+    print(f"serving again after {monotonic() - began:.2f} s")
+    assert await running == expected
     await _gone([frozen])
 
 
-async def test_a_death_while_idle_is_mended_before_anybody_asks(checkpoint: Path) -> None:
-    engine = await launch(config(checkpoint, 1))
-    try:
-        os.kill(engine.ranks()[0].pid, signal.SIGKILL)
-        await _until(lambda: engine.stats().recoveries == 1 and engine.ready, seconds=60)
-        assert await answer(engine, "r", "the router", temperature=0.0)
-    finally:
-        await engine.stop()
+async def test_a_death_while_idle_is_mended_before_anybody_asks(one_actor: OneActor) -> None:
+    before = one_actor.engine.stats().recoveries
+    os.kill(one_actor.pid, signal.SIGKILL)
+    await one_actor.serves_again(before + 1)
+    assert await answer(one_actor.engine, "r", "the router", temperature=0.0)
 
 
 async def test_a_rank_that_dies_while_the_group_starts_is_started_again() -> None:

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 DEADLINE_S = 120.0
+BREATH_S = 0.5  # of a client between two questions: the machine also has replicas to start
 QUESTION = {
     "model": "mixtral-demo",
     "messages": [{"role": "user", "content": "Tell me a story."}],
@@ -114,7 +115,7 @@ class Load:
 
     def __call__(self, number: int, ended: threading.Event) -> None:
         with httpx.Client(timeout=60) as client:
-            while not ended.is_set():
+            while not ended.wait(BREATH_S):
                 try:
                     self.answers.append(self._ask(client))
                 except (httpx.HTTPError, AssertionError, KeyError, ValueError) as error:
@@ -132,11 +133,11 @@ class Load:
         return text
 
 
-def eventually(holds: Callable[[], bool], what: str) -> None:
+def eventually(holds: Callable[[], bool], what: str, every_s: float = 0.2) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not holds():
         assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +173,9 @@ def test_nobody_notices_an_upgrade_nor_replicas_that_come_and_go(cluster: Cluste
             kv_cache={"page_size": 32},
         )
         cluster.settle(2)  # three requests are far from 1000: it was the memory they hold
-        now = cluster.replicas()
-        eventually(lambda: shown_ready() == now, "metrics of both replicas, and of none that has ended")
-        eventually(lambda: shown_status() == {6}, "Serve's own word that there is what was asked for")
     assert len(load.answers) > 10
     assert len(set(load.answers)) == 1, sorted(set(load.answers))
     assert "failed" not in load.answers[0]
+    now = cluster.replicas()
+    eventually(lambda: shown_ready() == now, "metrics of both replicas, and of none that has ended", every_s=1.0)
+    eventually(lambda: shown_status() == {6}, "Serve's own word that there is what was asked for", every_s=1.0)

@@ -1,8 +1,10 @@
 """What the files of this folder share: a tiny checkpoint, and the servers (fleet.py).
 
-server            one rank, no keys         two_ranks   with a key
-each_server       both of these, in turn    demo        as a newcomer starts it
-broken            cannot start              serve_run   Serve's own command with the shipped file
+server            one rank, the tiny checkpoint
+two_ranks         the demo model, with a key
+each_server       both of these, in turn
+serve_run         as a newcomer starts it: Serve's own command with the shipped file
+broken            cannot start
 direct_streaming  server and client together in a network namespace of their own
 """
 
@@ -75,16 +77,16 @@ def fleet(
     # A shell starts what runs in its background with Ctrl-C ignored, and so would be every server started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tiny = ["--model", str(checkpoint), "--set", f"access_log={access_log}"]
-    pair = [*tiny, "--set", "auth.api_keys_env=KEYS", "--set", "parallel.tensor=2"]
+    names = ["--set", "served_model_name=[mixtral-demo, tiny]"]
+    pair = [*names, "--set", "auth.api_keys_env=KEYS", "--set", "parallel.tensor=2"]
     ray_directory = tempfile.mkdtemp(prefix="mixtral-test-", dir="/tmp")  # a short path: sockets lie in it
     run_file = tmp_path_factory.mktemp("serve_run") / "serve_config.yaml"
     kinds = {
         "server": Kind(lambda: mixtral_serve(*tiny, "--set", "served_model_name=[tiny, mixtral-8x22b]")),
         "two_ranks": Kind(lambda: mixtral_serve(*pair, environment={"KEYS": "open-sesame"}, key="open-sesame")),
-        "demo": Kind(mixtral_serve),
-        "broken": Kind(lambda: mixtral_serve("--model", str(broken_checkpoint)), Server.wait),
         "direct_streaming": Kind(lambda: _in_namespace(checkpoint), Server.wait),
-        "serve_run": Kind(lambda: _serve_run(run_file, checkpoint, ray_directory), _ready),
+        "serve_run": Kind(lambda: _serve_run(run_file, ray_directory), _ready),
+        "broken": Kind(lambda: mixtral_serve("--model", str(broken_checkpoint)), Server.wait),
     }
     asked = {fixture for item in request.session.items for fixture in item.fixturenames}
     if "each_server" in asked:
@@ -108,11 +110,6 @@ def two_ranks(fleet: Fleet) -> Server:
 @pytest.fixture(scope="session", params=["server", "two_ranks"], ids=["1 rank", "2 ranks"])
 def each_server(request: pytest.FixtureRequest, fleet: Fleet) -> Server:
     return fleet[request.param]
-
-
-@pytest.fixture(scope="session")
-def demo(fleet: Fleet) -> Server:
-    return fleet["demo"]
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +145,16 @@ def _in_namespace(checkpoint: Path) -> Server:
     return Server([*NAMESPACE, sys.executable, "-m", "tests.e2e.direct_streaming", str(checkpoint)], 0)
 
 
-def _serve_run(file: Path, checkpoint: Path, ray_directory: str) -> Server:
-    """The shipped file with another port and model, and limits from where they can be changed in place."""
+def _serve_run(file: Path, ray_directory: str) -> Server:
+    """The shipped file with another port and route, a setting from the environment, and limits from where they can be
+    changed in place."""
     config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
     config["applications"][0]["route_prefix"] = "/prefix"
     limits = {"limits": {"max_n": 2}, "scheduler": {"max_running": 3}}
     config["applications"][0]["deployments"] = [{"name": "ingress", "user_config": limits}]
     file.write_text(yaml.safe_dump(config))
-    environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": ray_directory, "MIXTRAL_MODEL": str(checkpoint)}
+    environment = {"RAY_ADDRESS": "local", "RAY_TMPDIR": ray_directory, "MIXTRAL_KV_CACHE__PAGE_SIZE": "8"}
     return Server([str(Path(sys.executable).with_name("serve")), "run", str(file)], port, environment)
 
 

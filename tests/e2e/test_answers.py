@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from tests.e2e.in_process import application, streamed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CASES = 200 if os.environ.get("MIXTRAL_TEST_ALL") else 20
 
 WEATHER = {
     "type": "function",
@@ -97,7 +100,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=options, prompt=st.sampled_from(["the quick brown", "pages of", "你好"]), logprobs=st.booleans())
 async def test_streamed_is_whole(http: httpx.AsyncClient, fields: dict[str, Any], prompt: str, logprobs: bool) -> None:
     n = fields.get("n", 1)

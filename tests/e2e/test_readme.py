@@ -25,15 +25,15 @@ def run(command: list[str], directory: Path) -> str:
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python(code: str, server: Server, demo: Server, tmp_path: Path) -> None:
+def test_python(code: str, server: Server, serve_run: Server, tmp_path: Path) -> None:
     if "langchain_openai" in code and importlib.util.find_spec("langchain_openai") is None:
         pytest.skip("langchain-openai is not installed")
     assert ADDRESS in code
     # The tiny server goes by the other name as well, and its template knows tools.
-    url = (demo if 'model="mixtral-demo"' in code else server).url
+    url = f"{serve_run.url}/prefix" if 'model="mixtral-demo"' in code else server.url
     assert run([sys.executable, "-c", code.replace(ADDRESS, url)], tmp_path).strip()
 
 
 @pytest.mark.parametrize("code", CURL, ids=range(len(CURL)))
-def test_curl(code: str, demo: Server, tmp_path: Path) -> None:
-    assert '"finish_reason":"stop"' in run(["bash", "-ec", code.replace(ADDRESS, demo.url)], tmp_path)
+def test_curl(code: str, serve_run: Server, tmp_path: Path) -> None:
+    assert '"finish_reason":"stop"' in run(["bash", "-ec", code.replace(ADDRESS, f"{serve_run.url}/prefix")], tmp_path)

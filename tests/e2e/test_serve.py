@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.server import Server, eventually
+from tests.e2e.server import REPOSITORY, Server, eventually
 
 LONG: dict[str, Any] = {
     "model": "tiny",
@@ -30,8 +30,9 @@ def health(server: Server) -> Any:
 def test_health_says_what_runs(each_server: Server, checkpoint: Path) -> None:
     answer = health(each_server)
     assert answer["status"] == "healthy"
-    assert answer["config"]["model"] == str(checkpoint)
-    assert [rank["state"] for rank in answer["ranks"]] == ["ready"] * answer["config"]["parallel"]["tensor"]
+    ranks = answer["config"]["parallel"]["tensor"]
+    assert answer["config"]["model"] == str({1: checkpoint, 2: REPOSITORY / "model" / "demo"}[ranks])
+    assert [rank["state"] for rank in answer["ranks"]] == ["ready"] * ranks
     assert answer["kv"]["pages_used"] <= answer["kv"]["pages_total"]
     assert httpx.get(f"{each_server.url}/ready").status_code == 200
 
@@ -124,23 +125,22 @@ def test_a_rank_that_dies_costs_no_token(two_ranks: Server) -> None:
     assert [rank["state"] for rank in after["ranks"]] == ["ready", "ready"]
 
 
-def test_ctrl_c_finishes_answers_and_a_second_one_does_not(demo: Server) -> None:
+def test_ctrl_c_finishes_answers_and_a_second_one_does_not(two_ranks: Server) -> None:
     """The clean end without a second one is how every other server here is ended."""
-    assert '"route":"/v1/completions"' not in demo.output
-    demo_long = LONG | {"model": "mixtral-demo"}
-    belongings = demo.belongings()
+    belongings = two_ranks.belongings()
     assert belongings
-    with demo.client() as client:
-        short, long = (iter(client.completions.create(**demo_long | {"max_tokens": most})) for most in (50, 1500))
-        next(short), next(long)
-        demo.interrupt()
-        demo.wait_for("Ctrl-C again")
-        assert [chunk.choices[0].finish_reason for chunk in short][-1] == "length"
-        demo.wait_for('"route":"/v1/completions"')  # the access log comes to this terminal
+    with two_ranks.client() as client:
+        short, long = (iter(client.completions.create(**LONG | {"max_tokens": most})) for most in (50, 1500))
+        id = next(short).id
         next(long)
-        demo.interrupt()
-        assert demo.wait() == 130
-    eventually(lambda: demo.leaves_nothing(belongings), "everything ended and was taken away")
+        two_ranks.interrupt()
+        two_ranks.wait_for("Ctrl-C again")
+        assert [chunk.choices[0].finish_reason for chunk in short][-1] == "length"
+        two_ranks.wait_for(id)  # the access log comes to this terminal
+        next(long)
+        two_ranks.interrupt()
+        assert two_ranks.wait() == 130
+    eventually(lambda: two_ranks.leaves_nothing(belongings), "everything ended and was taken away")
 
 
 def test_a_model_that_cannot_start_says_why_in_one_sentence(broken: Server) -> None:
@@ -153,13 +153,15 @@ def test_a_model_that_cannot_start_says_why_in_one_sentence(broken: Server) -> N
 
 def test_serve_run_serves_the_same_application(serve_run: Server) -> None:
     with serve_run.client("/prefix/v1") as client:
-        answer = client.completions.create(model="tiny", prompt="a", max_tokens=3)
+        answer = client.completions.create(model="mixtral-demo", prompt="a", max_tokens=3)
         assert answer.choices[0].finish_reason in ("stop", "length")
         with pytest.raises(openai.BadRequestError, match="at most 2 here"):
-            client.completions.create(model="tiny", prompt="a", n=3)
+            client.completions.create(model="mixtral-demo", prompt="a", n=3)
         shown = httpx.get(f"{serve_run.url}/prefix/health", timeout=10).json()["config"]
         assert (shown["scheduler"]["max_running"], shown["scheduler"]["max_waiting"]) == (3, 1024)
-        stream = iter(client.completions.create(**LONG | {"prompt": ["a"] * 4, "max_tokens": 40}))
+        assert shown["kv_cache"]["page_size"] == 8
+        four = {"model": "mixtral-demo", "prompt": ["a"] * 4, "max_tokens": 40}
+        stream = iter(client.completions.create(**LONG | four))
         seen = [next(stream).choices[0].index for _ in range(20)]
         assert len(set(seen)) <= 3, "more ran at once than were allowed"
         assert {chunk.choices[0].index for chunk in stream} >= {3}
