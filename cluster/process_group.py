@@ -55,7 +55,7 @@ class Transported(Comm, Protocol):
     """A Comm that other ranks are behind."""
 
     def abort(self) -> None:
-        """End what this rank waits in, with an error or anything else; from now on collectives raise. From any thread."""
+        """End what this rank waits in, somehow; from now on its collectives raise. From any thread."""
 
 
 @dataclass(frozen=True, slots=True)
