@@ -51,23 +51,30 @@ def layouts(ranks: int) -> Iterator[ParallelConfig]:
 
 
 def cases() -> list[tuple[str, ParallelConfig]]:
-    """All of them, or some: with 2 and 4 ranks each tensor and each expert degree at least once."""
+    """All of them, or as few as have everything once: with 2 and with 4 ranks each checkpoint, each degree, and both
+    exchanges with and without data groups."""
     names = [*CHECKPOINTS, DEMO]
     every = [(name, layout) for ranks in (2, 4, 8) for layout in layouts(ranks) for name in names]
     if EVERYTHING:
         return every
-    chosen: list[tuple[str, ParallelConfig]] = []
     drawn = random.Random(SEED)
-    for ranks, most in ((2, 5), (4, 8), (8, 2)):
+    chosen: list[tuple[str, ParallelConfig]] = []
+    for ranks, most in ((2, 8), (4, 8), (8, 2)):
         some = [case for case in every if case[1].ranks == ranks]
+        drawn.shuffle(some)
         seen: set[object] = set()
-        for name, layout in drawn.sample(some, len(some)):
-            new = {("tensor", layout.tensor), ("expert", layout.expert), layout.exchange, name} - seen
-            if new and most:
-                chosen.append((name, layout))
-                seen |= new
-                most -= 1
+        for _ in range(most):
+            name, layout = max(some, key=lambda case: len(traits(*case) - seen))
+            if traits(name, layout) <= seen:
+                break
+            chosen.append((name, layout))
+            seen |= traits(name, layout)
     return chosen
+
+
+def traits(name: str, layout: ParallelConfig) -> set[object]:
+    degrees = {("tensor", layout.tensor), ("expert", layout.expert), ("spare", layout.spare_slots)}
+    return {name, (layout.exchange, layout.data > 1), *degrees}
 
 
 def case_id(case: tuple[str, ParallelConfig]) -> str:
