@@ -35,7 +35,7 @@ def fits(config: MixtralConfig, dtype: torch.dtype) -> bool:
 
 class NativeBackend(CpuBackend):
     def exchange(self, exchange: Exchange) -> Exchange:
-        return NativeOneRank(exchange) if isinstance(exchange, OneRank) else exchange
+        return NativeOneRank(exchange.num_experts, exchange.load) if isinstance(exchange, OneRank) else exchange
 
     def attention(self, batch: Batch, kv: KVCache) -> NativeAttention:
         angles = self._rotary.angles(batch.position_T, self._dtype)
@@ -95,25 +95,13 @@ class OneCall:
         return self._experts(dispatched.x_ND, dispatched.rows)
 
 
-class NativeOneRank:
-    """OneRank, whose rows travel by kernels. What it gives back is in the rows' own precision."""
-
-    def __init__(self, exchange: OneRank) -> None:
-        self._exchange = exchange
-
-    def share(self, x_TD: Tensor) -> Tensor:
-        return x_TD
-
-    def reduce(self, partial_TD: Tensor) -> Tensor:
-        return partial_TD
-
-    def gather(self, x_SD: Tensor) -> Tensor:
-        return x_SD
+class NativeOneRank(OneRank):
+    """Its rows travel by kernels. What it gives back is in the rows' own precision."""
 
     def dispatch(self, layer: int, x_SD: Tensor, expert_SK: Tensor, weight_SK: Tensor) -> Dispatched:
-        x_ND, rows_E, place_SK = rows.dispatch(x_SD, expert_SK, self._exchange.num_experts)
-        if self._exchange.load is not None:
-            self._exchange.load.add(layer, rows_E)
+        x_ND, rows_E, place_SK = rows.dispatch(x_SD, expert_SK, self.num_experts)
+        if self.load is not None:
+            self.load.add(layer, rows_E)
         return Dispatched(x_ND, rows_E, place_SK, weight_SK)
 
     def combine(self, dispatched: Dispatched, y_ND: Tensor) -> Tensor:

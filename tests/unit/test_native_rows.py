@@ -64,7 +64,7 @@ def test_rows_go_to_their_experts_and_come_back_as_in_one_process(S: int, E: int
     x_SD = random(S, 96)
     expert_SK = torch.rand(S, E, generator=generator).topk(K).indices
     weight_SK = torch.rand(S, K, generator=generator)
-    ours, oracle = (NativeOneRank(OneRank(E, loads)) for loads in (SlotLoad(2, E), None)), OneRank(E, SlotLoad(2, E))
+    ours, oracle = (NativeOneRank(E, loads) for loads in (SlotLoad(2, E), None)), OneRank(E, SlotLoad(2, E))
     expected = oracle.dispatch(1, x_SD, expert_SK, weight_SK)
     for exchange in ours:
         dispatched = exchange.dispatch(1, x_SD, expert_SK, weight_SK)
@@ -77,5 +77,5 @@ def test_rows_go_to_their_experts_and_come_back_as_in_one_process(S: int, E: int
 
 def test_rows_are_counted() -> None:
     load = SlotLoad(1, 3)
-    NativeOneRank(OneRank(3, load)).dispatch(0, random(2, 32), torch.tensor([[2, 0], [2, 1]]), torch.ones(2, 2))
+    NativeOneRank(3, load).dispatch(0, random(2, 32), torch.tensor([[2, 0], [2, 1]]), torch.ones(2, 2))
     assert load.take() == ((1, 1, 2),)
