@@ -164,7 +164,8 @@ class EngineLoop:
         exchange = self._proofs.due(now)
         if exchange is not None and not any(step.plan.canary for step in self._under_way):
             return replace(self._scheduler.for_nobody(), exchange=exchange, canary=True)
-        if not self._scheduler.has_work and (rows := self._graphs.due()) is not None:
+        rows = self._graphs.due(now, idle=not self._scheduler.has_work)
+        if rows is not None and not any(step.plan.capture for step in self._under_way):
             return replace(self._scheduler.for_nobody(), exchange=self._graphs.exchange, capture=rows)
         alone = self._recovery.alone()
         if alone is None:
@@ -213,14 +214,14 @@ class EngineLoop:
     def _done_for_nobody(self, plan: StepPlan, now: float) -> None:
         current = plan.placement == self._load.placement.number  # else experts have moved since
         if plan.capture and current:
-            self._graphs.captured(plan.capture)
+            self._graphs.captured(plan.capture, now)
             log.info("graphs of decode steps %s", self._graphs.progress())
         if plan.canary and current:
             self._proofs.canary(plan.exchange, now)
         if plan.canary:
             self._recovery.proved()
             self._observer.canary(True)
-        if not self._proofs.doubts(now) and self._graphs.due() is None:
+        if not self._proofs.doubts(now) and self._graphs.complete:
             self._proved.set()
 
     def _recover(self, failure: StepFailed) -> None:
@@ -232,7 +233,7 @@ class EngineLoop:
         self._send(self._recovery.blame(failure, self._scheduler.keys_under_way(), self._plans))
         self._under_way.clear()
         self._proofs.forget()
-        self._graphs.forget()
+        self._graphs.forget(monotonic())
         self._recovery.run(anew=wrong)  # a rank computes something else than it did: none keeps its weights
 
     def _salvage(self) -> None:
@@ -249,7 +250,7 @@ class EngineLoop:
         if now - self._checked > CHECK_EVERY_S:
             self._checked = now
             self._scheduler.check_integrity()
-        return self._proofs.due_in_s(now) if self._graphs.due() is None else 0.0
+        return self._proofs.due_in_s(now) if self._graphs.complete else 0.0
 
     def _take_commands(self) -> bool:
         """Take in all that has come; wait for the first if nothing else is to do. False: the loop shall end."""
@@ -284,7 +285,7 @@ class EngineLoop:
             self._group.adopt(command.placement)
             self._load.move(command.placement)
             self._proofs.renew(monotonic())
-            self._graphs.drop()
+            self._graphs.drop(monotonic())
             self._observer.rebalanced(command.moves)
         command.moved.set_result(current)
 

@@ -1,19 +1,23 @@
 """Which decode steps are replayed as captured graphs, and which graph is to be captured next.
 
     sizes      1   2   4   8   16  ...  256     rows of each data group
-    captured                   8   16  ...      the largest first, one a step, while there is nothing else to do
+    captured                   8   16  ...      the largest first, which holds all steps; one a step
     a step of 5 single tokens names 8           all ranks replay it, whatever of it is theirs
 
-All ranks capture what a plan says, in the order of plans; so a size that was captured on one is on all. Pure.
+All ranks capture what a plan says, in the order of plans; so a size that was captured on one is on all. While there is
+nothing else to do captures follow one another; a server that is never idle has one now and then, between its steps.
+Pure: the time is the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from cluster.config import EngineConfig, ParallelConfig
 from cluster.messages import Exchange, StepPlan
 
+BUSY_EVERY_S = 10.0  # streams pause for a part of a second
 MAX_FAILURES = 2  # the first may have been somebody's death
 BAR = 20  # characters
 
@@ -28,15 +32,23 @@ class GraphLadder:
         self._captured: set[int] = set()
         self._routed: set[int] = set()  # sequences that want to know their experts, which no graph tells
         self._failures = 0
+        self._last = -inf  # when a graph was captured, or all were lost
 
-    def due(self) -> int | None:
-        """The graph to be captured next; None: all are."""
-        return next((rows for rows in reversed(self._sizes) if rows not in self._captured), None)
+    @property
+    def complete(self) -> bool:
+        return len(self._captured) == len(self._sizes)
 
-    def captured(self, rows: int) -> None:
+    def due(self, now: float, *, idle: bool) -> int | None:
+        """The graph to be captured now."""
+        if self.complete or not (idle or now - self._last >= BUSY_EVERY_S):
+            return None
+        return next(rows for rows in reversed(self._sizes) if rows not in self._captured)
+
+    def captured(self, rows: int, now: float) -> None:
         """On all ranks."""
         self._captured.add(rows)
-        if self.due() is None:
+        self._last = now
+        if self.complete:
             self._failures = 0
 
     def rows_for(self, plan: StepPlan) -> int:
@@ -50,13 +62,14 @@ class GraphLadder:
         tokens = max(plan.group_tokens or (plan.num_tokens,))
         return min((rows for rows in self._captured if rows >= tokens > 0), default=0)
 
-    def drop(self) -> None:
+    def drop(self, now: float) -> None:
         """Experts sit elsewhere: the ranks' graphs are of where they were."""
         self._captured.clear()
+        self._last = now
 
-    def forget(self) -> None:
+    def forget(self, now: float) -> None:
         """The ranks were formed anew, and are told of all sequences again."""
-        self._captured.clear()
+        self.drop(now)
         self._routed.clear()
 
     def failed(self) -> bool:

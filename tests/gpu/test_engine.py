@@ -83,7 +83,7 @@ async def on_a_gpu(expected: list[tuple[int, ...]], device: torch.device) -> Non
         for recovery in range(3):
             engine.rank_lost("nothing was lost", recovery)
             await until(lambda done=recovery: engine.stats().recoveries > done)  # type: ignore[misc]
-            await until(lambda: engine._loop._graphs.due() is None and not engine.recovering)
+            await until(lambda: engine._loop._graphs.complete and not engine.recovering)
             used.add(await answer_by_graphs())
         assert len(used) == 1, "graphs that were captured anew take what those before took"
     finally:

@@ -328,3 +328,17 @@ def test_a_capture_that_fails_once_is_tried_again() -> None:
     with desk(group, graphs=(2, 1)) as made:
         made.loop.wait_until_proved()
         assert [plan.capture for plan in group.captured] == [2, 1]
+
+
+def test_a_server_that_is_never_idle_captures_between_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.graph_ladder.BUSY_EVERY_S", 0.0)
+    group = FakeGroup(64, 4)
+    group.fail_at = {3}
+    with desk(group, graphs=(4, 2)) as made:
+        made.loop.wait_until_proved()
+        made.ask("a", max_tokens=60)
+        assert made.answer("a")[0] == alone((5, 6), 60)
+        assert [plan.capture for plan in group.captured] == [4, 2]
+        steps = [plan.step for plan in group.plans]
+        assert steps[0] < group.captured[-1].step < steps[-1], "while it was answered"
+        assert group.plans[-1].graph == 2

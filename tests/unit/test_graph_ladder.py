@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cluster.config import EngineConfig, ParallelConfig, SchedulerConfig
-from cluster.graph_ladder import GraphLadder, graph_sizes, ladder_for
+from cluster.graph_ladder import BUSY_EVERY_S, GraphLadder, graph_sizes, ladder_for
 from cluster.messages import SamplingParams, SequenceChunk, SequenceStart, StepPlan
 
 
 def climbed(*sizes: int) -> GraphLadder:
     ladder = GraphLadder(sizes, "none")
-    while (rows := ladder.due()) is not None:
-        ladder.captured(rows)
+    while (rows := ladder.due(0.0, idle=True)) is not None:
+        ladder.captured(rows, 0.0)
     return ladder
 
 
@@ -23,10 +23,25 @@ def decodes(*seqs: int, group_tokens: tuple[int, ...] = (), starts: tuple[Sequen
 
 def test_the_largest_comes_first_and_none_twice() -> None:
     ladder, order = GraphLadder((1, 4, 2), "none"), []
-    while (rows := ladder.due()) is not None:
+    while (rows := ladder.due(0.0, idle=True)) is not None:
         order.append(rows)
-        ladder.captured(rows)
+        ladder.captured(rows, 0.0)
     assert order == [4, 2, 1]
+    assert ladder.complete
+
+
+def test_between_steps_there_is_a_capture_now_and_then() -> None:
+    ladder = climbed(1, 4)
+    ladder.forget(100.0)
+    assert ladder.due(100.0, idle=True) == 4
+    assert ladder.due(100.0 + BUSY_EVERY_S - 1, idle=False) is None
+    assert ladder.due(100.0 + BUSY_EVERY_S, idle=False) == 4
+    ladder.captured(4, 112.0)
+    assert ladder.rows_for(decodes(0)) == 4, "the largest holds all steps"
+    assert ladder.due(112.0 + BUSY_EVERY_S - 1, idle=False) is None
+    assert ladder.due(112.0 + BUSY_EVERY_S, idle=False) == 1
+    ladder.captured(1, 123.0)
+    assert ladder.due(1000.0, idle=False) is None
 
 
 def test_a_step_gets_the_smallest_that_holds_its_largest_group() -> None:
@@ -47,8 +62,8 @@ def test_who_wants_to_know_its_experts_has_no_graph_while_it_runs() -> None:
     assert ladder.rows_for(decodes(7, starts=(curious,))) == 0
     assert ladder.rows_for(decodes(3)) == 2
     assert ladder.rows_for(decodes(3, 7)) == 0
-    ladder.drop()
-    ladder.captured(2)
+    ladder.drop(0.0)
+    ladder.captured(2, 0.0)
     assert ladder.rows_for(decodes(7)) == 0, "experts have moved; sequences run on"
     assert ladder.rows_for(StepPlan(0, decodes(3).chunks, releases=(7,))) == 2
 
@@ -57,10 +72,10 @@ def test_ranks_formed_anew_have_no_graphs_and_are_told_everything_again() -> Non
     ladder = climbed(1, 2)
     curious = SequenceStart(7, (5,), 1, SamplingParams(max_tokens=4, return_routing=True))
     ladder.rows_for(decodes(7, starts=(curious,)))
-    ladder.forget()
+    ladder.forget(0.0)
     assert ladder.rows_for(decodes(0)) == 0
-    assert ladder.due() == 2
-    ladder.captured(2)
+    assert ladder.due(0.0, idle=True) == 2
+    ladder.captured(2, 0.0)
     assert ladder.rows_for(decodes(7)) == 2
 
 
@@ -68,16 +83,16 @@ def test_two_failures_without_all_graphs_between_are_no_accident() -> None:
     ladder = GraphLadder((1, 2), "none")
     assert ladder.failed()
     for rows in (2, 1):
-        ladder.captured(rows)
-    ladder.forget()
+        ladder.captured(rows, 0.0)
+    ladder.forget(0.0)
     assert ladder.failed(), "all were captured since"
     assert not ladder.failed()
-    assert ladder.due() is None
+    assert ladder.due(0.0, idle=True) is None
 
 
 def test_progress_is_a_bar() -> None:
     ladder = GraphLadder((1, 2, 3, 4), "none")
-    ladder.captured(4)
+    ladder.captured(4, 0.0)
     assert ladder.progress() == "[#####...............] 1 of 4"
 
 
@@ -94,7 +109,7 @@ def test_progress_is_a_bar() -> None:
 def test_who_has_graphs(device: str, parallel: ParallelConfig, exchange: str, due: int | None) -> None:
     config = EngineConfig("model", device=device, parallel=parallel, scheduler=SchedulerConfig(max_running=6))  # type: ignore[arg-type]
     ladder = ladder_for(config)
-    assert (ladder.exchange, ladder.due()) == (exchange, due)
+    assert (ladder.exchange, ladder.due(0.0, idle=True)) == (exchange, due)
 
 
 def test_a_graph_no_larger_than_it_must_be() -> None:
