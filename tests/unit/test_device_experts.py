@@ -133,9 +133,9 @@ def test_a_cpu_has_our_kernels_alone() -> None:
     assert grouped_product_for(stack, torch.bfloat16) is None
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_many_rows_go_to_grouped_products_where_every_pair_is_here(
-    whole: bool, monkeypatch: pytest.MonkeyPatch
+    share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "model.device_experts.grouped_product_for",
@@ -153,6 +153,6 @@ def test_many_rows_go_to_grouped_products_where_every_pair_is_here(
     enough = GROUPED_ROWS * E
     for pairs in (enough - K, enough):
         x_SD, listed, *routing = rows_of(pairs // K)
-        found_SKD = computed(replace(listed, whole=whole))
+        found_SKD = computed(replace(listed, share=share))
         torch.testing.assert_close(found_SKD.sum(1), reference_experts(x_SD, *routing, experts), rtol=1e-4, atol=1e-4)
-    assert asked == ([enough] if whole else [])
+    assert asked == ([enough] if share == 1 else [])

@@ -13,9 +13,10 @@ from model.batch import SequenceSpan
 from model.config import MixtralConfig
 from model.cpu_backend import CpuBackend
 from model.device_attention import DevicePlanner, KernelReader
+from model.device_exchange import padded_alone
 from model.exchange import OneRank
 from model.flash_pages import FlashReader, block_table, reads_pages
-from model.graphs import DecodeBuffers
+from model.graphs import DecodeBuffers, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.shard import Shard
@@ -74,10 +75,10 @@ def test_rows_of_the_block_table_are_the_texts_pages() -> None:
 def test_what_is_filled_in_later_is_read() -> None:
     """A graph makes its block table from buffers that every step fills anew, behind which others' pages lie."""
     kv = memory(MixtralConfig.from_dict(CONFIG, "config.json"))
-    buffers = DecodeBuffers(kv, 4, 5 * PAGE, CPU)
+    buffers = DecodeBuffers(PaddedSteps(kv, 4, padded_alone(OneRank(4))), 5 * PAGE, CPU)
     sequences = PagedTexts([[1] * 18, [2] * 7, [3] * 9], 40, random.Random(0))
     sequences.step([17, 6, 8])
-    assert buffers.fill(sequences.step([1, 1, 1]), 4)
+    buffers.fill(sequences.step([1, 1, 1]), 4, [3])
     found = block_table(buffers.plan(4, 8).table, 5)
     for row, pages in zip(found.tolist(), [*sequences.pages, [kv.num_pages]], strict=True):
         assert row[: len(pages)] == pages
