@@ -15,7 +15,9 @@ from torch import Tensor
 from model import triton_backend
 from model.batch import Batch, SequenceSpan
 from model.config import MixtralConfig
+from model.device_exchange import padded_alone
 from model.exchange import OneRank, SlotLoad
+from model.graphs import PaddedSteps
 from model.kv_cache import KVCache
 from model.layers import PlainLinear
 from model.logit_rules import History, LogitRules, apply_rules
@@ -34,6 +36,8 @@ from tests.tiny import CONFIG
 pytest.importorskip("triton", reason="the step's kernels are Triton's")
 
 from triton.runtime.interpreter import InterpretedFunction
+
+from model.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE, SIZES = 256, {"intermediate_size": 128, "vocab_size": 384}
@@ -90,6 +94,22 @@ def test_a_step_does_not_wait(mode: Mode | None, window: int | None, spans: list
     model.forward(step, kv, exchange)  # what is made once, of a first step, may wait
     with NoWaiting():
         assert model.logits(model.forward(step, kv, exchange)).shape == (len(spans), 384)
+
+
+def captured(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """On a device without graphs a replay has nothing to compute."""
+    return (lambda: None), compute()
+
+
+def test_a_replayed_step_does_not_wait() -> None:
+    config = MixtralConfig.from_dict(CONFIG | SIZES, "config.json")
+    weights = there(RandomModel(config, torch.device("cpu"), torch.float32).weights())
+    kv = KVCache(config, Shard(), num_pages=8, page_size=PAGE, dtype=torch.float32, device=DEVICE)
+    model = Mixtral(config, weights, backend=TritonBackend(config, DEVICE, torch.float32, lambda: captured))
+    graphs = model.decode_graphs(PaddedSteps(kv, 4, padded_alone(OneRank(4, SlotLoad(2, 4)))))
+    with NoWaiting():
+        graphs.capture(4)
+        assert graphs.replay(batch(DECODES), 4, [2]).shape == (2, 64)
 
 
 def test_flash_attns_pages_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
