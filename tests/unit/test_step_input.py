@@ -76,3 +76,13 @@ def test_what_the_step_before_samples_is_read_when_the_step_is_sent() -> None:
     numbers = StepMemory(8, SCRATCH).write(rows, [], [])
     last_ids[2] = 70  # by a step that was still computing
     assert numbers.send(last_ids).batch.token_ids_T.tolist() == [70]
+
+
+def test_sending_a_step_asks_the_device_for_nothing() -> None:
+    """Tensors on `meta` have no numbers: whoever wants one fails."""
+    rows = Rows(PAGE)
+    rows.add(SequenceChunk(0, (LAST_SAMPLED,), 3, (), True), 2, [0], ((0, 1),))
+    rows.want(1)
+    tensors = StepMemory(8, SCRATCH).write(rows, [0], [2]).send(torch.zeros(3, dtype=torch.int64, device="meta"))
+    assert tensors.batch.token_ids_T.shape == tensors.batch.logits_rows.shape == tensors.seat.shape == (1,)
+    assert tensors.batch.token_ids_T.is_meta
