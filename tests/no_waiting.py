@@ -38,7 +38,7 @@ class NoWaiting:
 
 
 class _Calls(TorchFunctionMode):
-    """What makes tensors of Python's numbers copies them to where they go, and waits."""
+    """Copies as they are asked for, among them what makes tensors of Python's numbers."""
 
     def __torch_function__(
         self, call: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -51,18 +51,21 @@ class _Calls(TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(each, list | range) or is_on_host(each) for each in index):
                 raise Waits("an index that lies with the host")
-        return call(*args, **kwargs)
+        found = call(*args, **kwargs)
+        if call is Tensor.to and is_on_host(args[0]) and found.device == DEVICE and not kwargs.get("non_blocking"):
+            raise Waits("a copy to the device")
+        return found
 
 
 class _Operators(TorchDispatchMode):
+    """Copies into what is there already, and questions of how many."""
+
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = operator.overloadpacket.__name__
-        if name == "_to_copy" and is_on_host(args[0]) and kwargs.get("device") == DEVICE:
-            waits = not kwargs.get("non_blocking")
-        elif name == "copy_" and args[0].device == DEVICE and is_on_host(args[1]):
+        if name == "copy_" and args[0].device == DEVICE and is_on_host(args[1]):
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         else:
             index = args[1] if name in ("index", "index_put", "index_put_") else ()

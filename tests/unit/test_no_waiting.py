@@ -157,8 +157,9 @@ def test_choosing_tokens_does_not_wait() -> None:
         lambda x: x.__setitem__(x > 0, 1.0),
     ],
 )
-def test_what_waits_is_found(waits: Callable[[Tensor], object]) -> None:
-    with NoWaiting(), pytest.raises(Waits):
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_waits_is_found(waits: Callable[[Tensor], object], inference: bool) -> None:
+    with NoWaiting(), torch.inference_mode(inference), pytest.raises(Waits):
         waits(torch.empty(3, 4, device=DEVICE))
 
 
