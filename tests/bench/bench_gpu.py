@@ -114,13 +114,14 @@ class Bench:
     prompts: Sequence[int]
     context: int
     turns: int
+    page_size: int
     report: Report
 
     def ours(self, mode: Mode | None) -> None:
         geometry, name = Geometry(self.config, mode), mode or "bfloat16"
         theirs = {(line.work, line.size): line for line in self.report.lines if line.weights == THEIRS}
         room = max(self.context, -(-max(self.prompts) // max(self.batches)))
-        ours = Ours(self.config, self.device, mode, max_batch=max(self.batches), room=room)
+        ours = Ours(self.config, self.device, mode, max_batch=max(self.batches), room=room, page_size=self.page_size)
         self.report.add(f"# {name}: weights take {ours.weight_bytes / 1e9:.1f} GB")
         batches = {size: ours.decode_batch(size, self.context) for size in self.batches}
         plain = {size: timed(partial(ours.step, batch), self.device, self.turns) for size, batch in batches.items()}
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,1024,2048,4096,8192")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each text in a decode step")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--page-size", type=int, default=16, help="256: read by flash-attn, where it is installed")
     parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, help="directory for the table and the picture")
     args = parser.parse_args()
@@ -213,7 +215,7 @@ def main() -> None:
     products = f"{DTYPE} products do {machine.speed / 1e12:.1f}, of fp8 {machine.fp8_speed / 1e12:.1f} TFLOP/s"
     report.add(f"copies move {machine.bandwidth / 1e12:.3f} TB/s, {products}")
     report.add(HEADER)
-    bench = Bench(config, device, machine, batches, prompts, args.context, args.turns, report)
+    bench = Bench(config, device, machine, batches, prompts, args.context, args.turns, args.page_size, report)
     if not args.alone:
         bench.theirs()
     for name in args.modes.split(","):

@@ -27,7 +27,6 @@ from model.quantization import Mode
 from model.shard import Shard
 from tests.random_model import RandomModel
 
-PAGE = 16
 DTYPE = torch.bfloat16
 # Bits that a weight of a block takes, its share of scales included; embedding, head and routers keep 16.
 BITS: dict[Mode | None, float] = {None: 16, "fp8": 8, "int8": 8, "int4": 4.25, "nf4": 4.5}
@@ -132,16 +131,23 @@ class Ours:
     """Random weights made on the device. Contexts are random keys and values: nothing is computed to fill them."""
 
     def __init__(
-        self, config: MixtralConfig, device: torch.device, mode: Mode | None, *, max_batch: int, room: int
+        self,
+        config: MixtralConfig,
+        device: torch.device,
+        mode: Mode | None,
+        *,
+        max_batch: int,
+        room: int,
+        page_size: int,
     ) -> None:
         """`room`: tokens that each of max_batch texts may have; one text alone may have all of it."""
-        self._config, self._device = config, device
+        self._config, self._device, self._page_size = config, device, page_size
         weights = RandomModel(config, device, DTYPE, mode=mode).weights()
         self.weight_bytes = weights.nbytes
         self.model = Mixtral(config, weights)
-        self._pages = -(-room // PAGE)
+        self._pages = -(-room // page_size)
         self._kv = KVCache(
-            config, Shard(), num_pages=max_batch * self._pages, page_size=PAGE, dtype=DTYPE, device=device
+            config, Shard(), num_pages=max_batch * self._pages, page_size=page_size, dtype=DTYPE, device=device
         )
         for layer in range(config.num_hidden_layers):
             for memory in self._kv.layer(layer):
@@ -180,12 +186,13 @@ class Ours:
         return sum(len(routing.expert_SK.unique()) for routing in routings)
 
     def _batch(self, chunks: list[tuple[int, int, int]]) -> Batch:
+        size = self._page_size
         spans, ids, positions, slots = [], [], [], []
         for text, length, context in chunks:
-            spans.append(SequenceSpan(len(ids), length, context, ((text * self._pages, -(-context // PAGE)),)))
+            spans.append(SequenceSpan(len(ids), length, context, ((text * self._pages, -(-context // size)),)))
             position = range(context - length, context)
             positions += position
-            slots += [text * self._pages * PAGE + p for p in position]
+            slots += [text * self._pages * size + p for p in position]
             ids += [(text * 7919 + p) % self._config.vocab_size for p in position]
         rows = [span.row + span.length - 1 for span in spans]
         tensors = [torch.tensor(values, device=self._device) for values in (ids, positions, slots)]
