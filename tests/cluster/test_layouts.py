@@ -69,4 +69,4 @@ async def test_a_rank_that_cannot_load_names_file_and_tensor(tmp_path: Path) -> 
     tensors[name] = tensors[name][:, 1:].contiguous()
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: {re.escape(name)} "):
-        await launch(EngineConfig(str(broken), parallel=ParallelConfig(data=2, cpus_per_rank=0.5)))
+        await launch(EngineConfig(str(broken)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def load(directory: Path, mode: Mode | None, **shard: Any) -> MixtralWeights:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("tensor", "slices"), list(product((1, 2, 4), (1, 2))))
+@pytest.mark.parametrize(("tensor", "slices"), [(1, 2), (2, 1), (4, 2)])
 def test_quantise_then_slice_is_a_slice_of_the_whole(tmp_path: Path, mode: Mode, tensor: int, slices: int) -> None:
     directory = write_checkpoint(tmp_path, **SIZES)
     whole = load(directory, mode)
