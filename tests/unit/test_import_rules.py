@@ -39,6 +39,7 @@ WITHOUT_TORCH = {
     "cluster/proofs.py",
     "cluster/rebalancing.py",
     "cluster/step_clock.py",
+    "cluster/step_line.py",
     "cluster/suspects.py",
     "cluster/messages.py",
     "cluster/scheduler.py",
