@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from collections.abc import Sequence as Many
+from dataclasses import replace
 
 from cluster.config import SchedulerConfig
 from cluster.kv_pool import PagePool
@@ -66,7 +67,7 @@ class Rig:
 
     def canary(self) -> None:
         """A step for nobody, in its place."""
-        self.under_way.append(self.scheduler.for_nobody())
+        self.under_way.append(replace(self.scheduler.for_nobody(), canary=True))
         if len(self.under_way) == 2:
             self.take_in()
 
