@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -41,6 +42,7 @@ PIECES = [
     *["def f(x):\n    return x", "https://a.b/c?d=e", "...", "!!", "'s", "I'm", "A" * 40, "ß", "İ", "ﬁ", "①", "々"],
 ]
 SPECIALS = ["<s>", "</s>", "<unk>", "[INST]", "[/INST]"]
+MANY = 500 if os.environ.get("MIXTRAL_TEST_ALL") else 200
 
 
 def texts(count: int, seed: int, pieces: list[str] = PIECES) -> list[str]:
@@ -86,7 +88,7 @@ def test_sentencepiece_equals_mistral_common(sentencepiece_tokenizer: Tokenizer,
     theirs = SentencePieceTokenizer(str(path))
     ours = sentencepiece_tokenizer
     assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (theirs.n_words, theirs.bos_id, (theirs.eos_id,))
-    for text in texts(2000, seed=1):
+    for text in texts(4 * MANY, seed=1):
         if any(special in text for special in SPECIALS):
             continue  # special tokens to us, plain text to them
         ids = theirs.encode(text, bos=True, eos=False)
@@ -100,7 +102,7 @@ def test_tokenizer_json_equals_transformers(json_tokenizer: Tokenizer, json_dire
     theirs = LlamaTokenizer.from_pretrained(json_directory)
     ours = json_tokenizer
     assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (len(theirs), theirs.bos_token_id, (theirs.eos_token_id,))
-    for text in texts(1000, seed=2, pieces=PIECES + SPECIALS):
+    for text in texts(2 * MANY, seed=2, pieces=PIECES + SPECIALS):
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, ascii(text)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ascii(text)
@@ -112,7 +114,7 @@ def test_special_tokens_in_a_text_mean_the_same_to_both_encoders(
 ) -> None:
     """Where transformers' conversion of the model is faithful, that is without runs of spaces and separators."""
     pieces = ["hello", "world", ",", "你好", "\n", "!", "<s>", "</s>", "<s", "s>", "[INST]", "[/INST]"]
-    for text in texts(500, seed=3, pieces=pieces)[2:]:
+    for text in texts(MANY, seed=3, pieces=pieces)[2:]:
         assert sentencepiece_tokenizer.encode(text) == json_tokenizer.encode(text), ascii(text)
 
 
