@@ -13,7 +13,6 @@ from deployments.local_ray import OBJECT_STORE_BYTES
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's own is 15: whatever else is tested at the time would starve the ranks
     "RAY_metrics_report_interval_ms": "2000",  # for Prometheus; every 10 s otherwise
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",  # for the policy; likewise
     "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": "1",  # of deployments and replicas; likewise
 }
 

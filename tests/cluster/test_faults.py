@@ -20,7 +20,7 @@ from cluster.launch import CRASHES
 from cluster.ray_rank import session_directory
 from tests.cluster import faults
 from tests.cluster.served import Served, eventually, lives, served
-from tests.cluster.traffic import Answer, Run, bodies
+from tests.cluster.traffic import TOKENS, Answer, Run, bodies
 
 cloudpickle.register_pickle_by_value(faults)  # a rank's process does not know the tests
 
@@ -40,7 +40,7 @@ def undisturbed(server: Served) -> list[Answer]:
 
     answers = asyncio.run(run())
     assert len(answers) == 16
-    assert all(len(tokens) == 48 for answer in answers[:12] for tokens in answer.tokens.values())
+    assert all(len(tokens) == TOKENS for answer in answers[:12] for tokens in answer.tokens.values())
     return answers
 
 

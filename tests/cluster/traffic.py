@@ -27,7 +27,7 @@ SCHEMA = {
     },
     "required": ["name", "sizes"],
 }
-TOKENS = 48
+TOKENS = 32
 
 
 @dataclass(eq=False)
