@@ -38,6 +38,8 @@ WORD = 8
 PROGRESS, ABORTED, PROCESS, COUNTS = 0, 1, 2, 8  # words of a rank; COUNTS on a cache line of its own
 SPINS = 2000  # about 0.1 ms of looking; a rank that waits longer gives its core away
 NAP_S = 20e-6
+LATE = 0.02  # who has waited for long naps longer, and notices so much later: naps take the core from who computes
+LONGEST_NAP_S = 1e-3
 LOOK_AROUND_S = 0.05  # how often a waiting rank asks whether its peers still live
 
 
@@ -225,9 +227,9 @@ class SharedMemoryComm:
 
     def _wait(self, rank: int) -> None:
         words, own = self._words[rank], self._words[self.rank]
-        began = looked = monotonic()
+        began = looked = now = monotonic()
         while words[PROGRESS] < self._collective:
-            sleep(NAP_S)
+            sleep(min(max(NAP_S, LATE * (now - began)), LONGEST_NAP_S))
             now = monotonic()
             if own[ABORTED] or self._leave.is_set():
                 raise PeerLost("the group was aborted")
