@@ -21,10 +21,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from model.detokenizer import Vocabulary
@@ -32,20 +32,21 @@ from model.errors import GrammarError
 from model.grammar_text import GrammarKind, library_grammar
 from model.to_device import numbers, to_device
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
 Result = TypeVar("Result")
 
 # Half of the library's own or less: the worst texts we found take half a second to compile and some tens of
 # milliseconds to mask; what people write takes a few milliseconds, and ten microseconds.
-_LIMITS = LLParserLimits(
-    max_items_in_row=2000,
-    initial_lexer_fuel=200_000,
-    step_lexer_fuel=100_000,
-    step_max_items=20_000,
-    max_lexer_states=20_000,
-    max_grammar_size=50_000,
-    precompute_large_lexemes=False,
-    verbose_errors=False,
-)
+_LIMITS = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 50_000,
+}
 # The library recurses as deep as names refer to each other: 3,000 deep, an ordinary stack of 8 MB ends the process.
 _STACK_BYTES = 256 << 20
 _MARKERS = {b"[TOOL_CALLS]"}  # control tokens that begin a part of an answer
@@ -75,13 +76,13 @@ class GrammarCompiler:
         eos = frozenset(i for i in eos_ids if i < vocab_size)
         special = [i for i in vocabulary.special if 0 <= i < vocab_size]
         self._markers = frozenset(i for i in special if vocabulary.token_bytes[i] in _MARKERS)
-        texts = _token_texts(vocabulary, eos, vocab_size)
-        self._in_answers = InAnswers.of(texts, eos | self._markers)
+        self._eos = eos
+        self._texts = _token_texts(vocabulary, eos, vocab_size)
+        self._in_answers = InAnswers.of(self._texts, eos | self._markers)
         self._max_cached = max_cached
         self._compiled: OrderedDict[tuple[GrammarKind, str, bool], CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
-        self._tokenizer = _library_tokenizer(texts, eos) if eos else None
 
     def compile(self, kind: GrammarKind, text: str, *, opens_text: bool = False) -> CompiledGrammar:
         """A grammar of the whole answer, ready for use, or GrammarError.
@@ -111,21 +112,28 @@ class GrammarCompiler:
             return self._compiled.get(key)
 
     def _compile(self, kind: GrammarKind, text: str, with_space: bool) -> CompiledGrammar:
-        if self._tokenizer is None:
+        if not self._eos:
             raise GrammarError("this model has no end of sequence, so an answer cannot end where its grammar does")
         answer = library_grammar(kind, text, self._markers)
         spaced = self._build(kind, 'start: " " @answer', answer) if with_space else None
         return CompiledGrammar(Matcher(self._build(kind, "start: @answer", answer), self._in_answers, spaced))
 
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Made for the first grammar, under its lock: whoever is asked for none does without the library."""
+        return _library_tokenizer(self._texts, self._eos)
+
     def _build(self, kind: GrammarKind, start: str, answer: Mapping[str, object]) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
         # Unless told so, the library forces text as the tokens that it would write, not those the model would.
         top = {"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{start}'}
         try:
             grammar = json.dumps({"grammars": [top, {"name": "answer", **answer}]}, allow_nan=False)
         except (ValueError, RecursionError):
             raise GrammarError(f"the {kind} has a number that is too large or a value nested too deeply") from None
-        assert self._tokenizer is not None
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        limits = LLParserLimits(**_LIMITS, precompute_large_lexemes=False, verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # what cannot begin is refused here
         if matcher.is_error():
@@ -243,6 +251,8 @@ class _Tokens:
 
 
 def _library_tokenizer(texts: Sequence[bytes], eos_ids: frozenset[int]) -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     return LLTokenizer(TokenizerWrapper(_Tokens(texts, min(eos_ids))), eos_token=sorted(eos_ids))
 
 

@@ -14,8 +14,6 @@ import re
 from collections.abc import Collection
 from typing import Any, Literal
 
-from llguidance import regex_to_lark
-
 from model.errors import GrammarError
 from model.schema_check import check_schema, parse_json
 
@@ -76,6 +74,8 @@ def _json_schema(schema: Any) -> dict[str, Any]:
 
 
 def _regex(text: str) -> str:
+    from llguidance import regex_to_lark
+
     digits = "d"  # \d is 0-9, not every script's digits
     return f"start: /{regex_to_lark(text, digits)}/" if text else 'start: ""'
 

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from safetensors.torch import save_file
 
@@ -77,6 +76,8 @@ def weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
 
 @cache
 def sentencepiece_model(vocab_size: int = 384) -> bytes:
+    import sentencepiece  # tests on a GPU take only weights from here
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n")),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("llguidance", reason="an engine needs it")
 pytest.importorskip("sentencepiece", reason="an engine needs it")
 pytest.importorskip("jinja2", reason="an engine needs it")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("llguidance", reason="a worker needs it")
 pytest.importorskip("sentencepiece", reason="a worker needs it")
 pytest.importorskip("jinja2", reason="a worker needs it")
 
