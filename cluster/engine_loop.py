@@ -117,7 +117,7 @@ class EngineLoop:
             reason = "the server is shutting down"
         except Exception as error:  # a process boundary of its own: whoever waits gets an answer
             log.exception("the engine cannot go on")
-            reason = self.failure = str(error)
+            reason = self.failure = str(error) or type(error).__name__  # some say nothing
         self._proved.set()  # it will never be; nobody need wait
         self._send(self._scheduler.fail_all(reason))
         self._refuse_the_rest(reason)

@@ -198,6 +198,8 @@ def results(references: Sequence[Any], timeout_s: float | None = None) -> Any:
         raise StepFailed(f"the ranks did not come together within {timeout_s:g} s", "deadline") from None
     except ray.exceptions.RayActorError as error:
         raise StepFailed(f"a rank died: {str(error).splitlines()[0]}", "died") from error
+    except ray.exceptions.RayError as error:
+        raise StepFailed(f"a rank's answer was lost: {type(error).__name__}: {error}") from error
 
 
 def _own_node() -> str:

@@ -69,6 +69,8 @@ class RayStep:
                 return rank, raised
             except ray.exceptions.GetTimeoutError:
                 continue
+            except ray.exceptions.RayError as error:  # its answer was lost on the way
+                raised.append((rank, error))
         return None, raised
 
     def _experts(self, rank: Rank) -> str:

@@ -113,9 +113,12 @@ class StepLine:
         """The steps behind one that failed are not to be computed; who waits hears of it when this call is over."""
         try:
             yield
-        except BaseException:
+        except Exception:
             self._leave.set()
             raise
+        except BaseException as error:  # a library's panic: as it is, it would end whoever waits, not the step
+            self._leave.set()
+            raise StepFailed(f"{type(error).__name__}: {error}") from error
 
     @contextmanager
     def _call(self) -> Iterator[None]:

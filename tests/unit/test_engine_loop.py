@@ -134,6 +134,15 @@ def test_two_that_crash_one_after_the_other_without_a_step_between_are_the_ranks
         assert asked.loop.failure is not None
 
 
+def test_a_loop_that_cannot_go_on_says_why_even_if_the_error_says_nothing() -> None:
+    group = FakeGroup(64, 4)
+    group.fail_with = AssertionError()
+    with desk(group) as asked:
+        asked.ask("first")
+        assert asked.answer("first")[1].error == "AssertionError"
+        assert asked.loop.failure == "AssertionError"
+
+
 def test_a_step_that_is_not_done_in_time_is_a_failure_of_its_own_kind() -> None:
     group = FakeGroup(64, 4)
     group.hang_at = {2}

@@ -35,6 +35,7 @@ class Scribe:
     computing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     tickets: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))  # each step takes one
     fails_at: int = -1
+    failure: BaseException | None = None  # how; None: as workers say it
     unprepared: int = -1
 
     def prepare(self, plan: StepPlan) -> StepPlan:
@@ -51,7 +52,7 @@ class Scribe:
         self.computing.release()
         assert self.tickets.acquire(timeout=WAIT_S)
         if plan.step == self.fails_at:
-            raise StepFailed(f"step {plan.step} failed")
+            raise self.failure or StepFailed(f"step {plan.step} failed")
         self.log.append(f"computed {plan.step}")
         return Output(plan)
 
@@ -136,6 +137,20 @@ def test_behind_a_step_that_fails_nothing_is_computed(rig: Rig) -> None:
     with pytest.raises(StepFailed, match="a step before this one failed"):
         second.result(WAIT_S)
     assert "compute 1" not in rig.worker.log
+
+
+class Panic(BaseException):
+    """What a library that is not written in Python may raise."""
+
+
+def test_what_no_caller_expects_is_a_failed_step(rig: Rig) -> None:
+    """Else it would end whoever waits: the engine's thread, or an actor, as if that were to blame."""
+    rig.worker.fails_at, rig.worker.failure = 0, Panic("index out of bounds")
+    rig.go_on()
+    with pytest.raises(StepFailed, match="Panic: index out of bounds"):
+        rig.step(0).result(WAIT_S)
+    with pytest.raises(StepFailed, match="a step before this one failed"):
+        rig.step(1).result(WAIT_S)
 
 
 def test_a_step_that_cannot_be_prepared_takes_nothing_from_the_one_that_computes(rig: Rig) -> None:
