@@ -113,8 +113,12 @@ def _check_writable(path: Path) -> None:
 def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
-    if not (key := environment().get(variable)):
+    if not (key := environment().get(variable, "").strip()):
         raise SettingsError(f"--api-key-env {variable}: there is no such environment variable, or it is empty.")
+    if not key.isprintable():
+        raise SettingsError(
+            f"--api-key-env {variable}: one key is wanted, and that has a line break or the like in it."
+        )
     return key
 
 
@@ -141,9 +145,15 @@ async def _shown(measured: Measurements, workload: Workload, *, quiet: bool) -> 
 
 
 def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(text)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # reading it checks it
+    except ValueError:
+        fits = False
+    if not fits:
         raise argparse.ArgumentTypeError(f"{text} is not a URL: write it like http://127.0.0.1:8000")
+    if parts.query or parts.fragment or parts.username is not None:  # a result has the URL in it, but no secret
+        raise argparse.ArgumentTypeError("the URL has more than a host, a port and a path")
     return text
 
 

@@ -28,7 +28,7 @@ CONNECT_S = 10.0
 SILENCE_S = 60.0  # a server that computes says at least ": waiting" every 10 s
 AFTER_ERROR_S = 0.5  # a server that refuses everything is not asked ten thousand times a second
 # What an answer raises that is not as ours are; the last: a line without end.
-NOT_OURS = (ValueError, LookupError, TypeError, RecursionError, HttpProcessingError)
+NOT_OURS = (ValueError, LookupError, TypeError, OverflowError, RecursionError, HttpProcessingError)
 TEXT = (
     "A router looks at every token and sends it to two of eight experts. Pages hold keys and values, ranks hold pages, "
     "and whoever waits for the slowest of them waits for all. When a worker dies in the middle of a long story, others "
@@ -146,7 +146,7 @@ async def _ask(target: Target, body: dict[str, Any], measured: Measurements) -> 
     try:
         async with target.session.post("v1/completions", json=body) as response:
             if response.status != 200:
-                return f"{response.status} {_code(await response.content.read(1 << 16))}"
+                return f"{response.status} {_code(await _content(response, 1 << 16))}"
             async for line in response.content:
                 if line == b"data: [DONE]\n":
                     break
@@ -158,7 +158,7 @@ async def _ask(target: Target, body: dict[str, Any], measured: Measurements) -> 
                 if chunk["choices"]:
                     timer.text()
                 if chunk.get("usage"):
-                    tokens = chunk["usage"]["completion_tokens"]
+                    tokens = int(chunk["usage"]["completion_tokens"])
             else:
                 return "a stream was cut off"
         if tokens is None:
@@ -171,6 +171,14 @@ async def _ask(target: Target, body: dict[str, Any], measured: Measurements) -> 
     return None
 
 
+async def _content(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """All of it, or the first so many bytes; a single read() gives what has come by then."""
+    content = b""
+    while len(content) < most and (piece := await response.content.read(most - len(content))):
+        content += piece
+    return content
+
+
 def _code(body: bytes) -> str:
     """Of OpenAI's envelope, if it is one."""
     try:
@@ -181,7 +189,7 @@ def _code(body: bytes) -> str:
 
 async def _json(session: aiohttp.ClientSession, method: str, path: str, body: Any = None) -> Any:
     async with session.request(method, path, json=body) as response:
-        content = await response.content.read(1 << 20)
+        content = await _content(response, 1 << 20)
         if response.status != 200:
             raise SettingsError(f"{response.url} says {response.status} {_code(content)}.")
         return json.loads(content)

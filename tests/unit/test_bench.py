@@ -24,7 +24,7 @@ def test_the_result_is_printed_and_written(tmp_path: Path, capsys: pytest.Captur
     file = tmp_path / "result.json"
     app = app_for(FakeEngine(spelling("abc")), {"auth": {"api_keys_env": "KEYS"}}, {"KEYS": "secret"})
     with on_a_port(app) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BENCH_KEY", "secret")
+        patch.setenv("BENCH_KEY", "secret\n")  # as out of a file
         command = ["bench", "--url", url, "--requests", "5", "--api-key-env", "BENCH_KEY", "--json", str(file), *SMALL]
         assert main(command) == 0
     output = capsys.readouterr()
@@ -85,6 +85,16 @@ def test_what_cannot_be_measured_is_one_line_and_a_status(
     assert message in output.err
 
 
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BENCH_KEY", "secret\nsecond")
+    assert main(["bench", "--api-key-env", "BENCH_KEY"]) == 2
+    error = capsys.readouterr().err
+    assert "--api-key-env BENCH_KEY: one key is wanted, and that has a line break" in error
+    assert "sec" not in error.removeprefix("mixtral-serve: --api-key-env")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,6 +103,10 @@ def test_what_cannot_be_measured_is_one_line_and_a_status(
         (["--prompt-tokens", "9-3"], "9-3 has no length in it: write the smaller number first"),
         (["--output-tokens", "many"], "many is not a number from 1 to 1048576"),
         (["--url", "localhost:8000"], "localhost:8000 is not a URL: write it like http://127.0.0.1:8000"),
+        (["--url", "http://localhost:80000"], "http://localhost:80000 is not a URL: write it like http"),
+        (["--url", "http://[::1"], "http://[::1 is not a URL: write it like http://127.0.0.1:8000"),
+        (["--url", "http://localhost/?key=1"], "the URL has more than a host, a port and a path"),
+        (["--url", "http://me:secret@localhost"], "the URL has more than a host, a port and a path"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(

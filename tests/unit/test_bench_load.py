@@ -110,9 +110,12 @@ async def test_errors_of_the_server_are_counted_and_no_reason_to_stop(script: Sc
 class Other:
     """Some server: it lists a model and tokenizes, but answers as it was told."""
 
-    def __init__(self, answer: bytes, status: int = 200, models: Any = None, missing: int = 0) -> None:
+    def __init__(
+        self, answer: bytes, status: int = 200, models: Any = None, missing: int = 0, *, slowly: bool = False
+    ) -> None:
         listed = [{"id": "m", "max_model_len": 100}] if models is None else models
         self._missing = missing  # bytes that were promised and do not come
+        self._slowly = slowly  # in pieces, as from far away
         self._answers = {
             "/v1/models": (200, json.dumps({"data": listed}).encode()),
             "/tokenize": (200, b'{"tokens": [1, 2, 3]}'),
@@ -126,7 +129,10 @@ class Other:
         missing = self._missing if scope["path"] == "/v1/completions" else 0
         headers = [(b"content-length", str(len(body) + missing).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        for first in range(0, len(body), 20) if self._slowly else ():
+            await send({"type": "http.response.body", "body": body[first : first + 20], "more_body": True})
+            await asyncio.sleep(0.005)
+        await send({"type": "http.response.body", "body": b"" if self._slowly else body})
 
 
 def stream(*chunks: Any, done: bool = True) -> bytes:
@@ -147,6 +153,8 @@ def stream(*chunks: Any, done: bool = True) -> bytes:
         (Other(b"data: " + b"x" * 1_000_000 + b"\n\n"), "an answer that is none of ours"),
         (Other(b"<html>", status=502), "502 without a code"),
         (Other(b'{"error": {"code": "queue_full"}}', status=429), "429 queue_full"),
+        (Other(b'{"error": {"code": "queue_full"}}', status=429, slowly=True), "429 queue_full"),
+        (Other(stream(TEXT, {"choices": [], "usage": {"completion_tokens": [1]}})), "an answer that is none of ours"),
     ],
 )
 async def test_whatever_comes_back_has_a_name(other: Other, error: str | None) -> None:
@@ -156,6 +164,7 @@ async def test_whatever_comes_back_has_a_name(other: Other, error: str | None) -
         measured = await measure(url, replace(FEW, requests=2, streams=1))
     assert measured.errors == ({} if error is None else {error: 2})
     assert measured.finished == (2 if error is None else 0)
+    assert measured.report()["requests"]["cut_off"] == 0
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,7 @@ async def test_whatever_comes_back_has_a_name(other: Other, error: str | None) -
         ([], "does not answer as mixtral-serve does"),
         ([{"id": "m"}], "does not answer as mixtral-serve does"),
         (7, "does not answer as mixtral-serve does"),
+        ([{"id": "m", "max_model_len": float("inf")}], "does not answer as mixtral-serve does"),
         ([{"id": "m", "max_model_len": 11}], "come to 12 tokens and m takes 11; lower --prompt-tokens or"),
     ],
 )
