@@ -6,7 +6,7 @@
 Weights are random and made on the device. Floors are of this machine, measured in this process: bytes that a step must
 read at the rate of a large copy, operations at the rate of a large product. A decode step is what a server waits for:
 from the batch on the host to the next tokens on the host. Each row is printed and written as soon as it is measured, so
-a run that is cut short keeps what it has.
+a run that is cut short keeps what it has, and a side that fails costs its own rows only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import gc
 import platform
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,6 +157,22 @@ class Bench:
             add("prefill", length, theirs.prefill_seconds(length, max(1, self.turns // 3)))
 
 
+def all_measured(sides: Mapping[str, Callable[[], None]], report: Report, device: torch.device) -> bool:
+    """One after another. Whichever fails says why, and the next has its turn."""
+    failed = False
+    for name, measure in sides.items():
+        forget(device)
+        try:
+            measure()
+        except Exception as error:
+            failed = True
+            traceback.print_exc()
+            reason = str(error).partition("\n")[0]
+            report.add(f"# {name} failed: {type(error).__name__}: {reason}")
+        report.draw()
+    return not failed
+
+
 def forget(device: torch.device) -> None:
     """What the last side held, before the next needs it."""
     gc.collect()
@@ -179,13 +197,15 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     for axes, work, label in zip(
         figure.subplots(1, 2), ("decode", "prefill"), ("texts", "tokens of the prompt"), strict=True
     ):
-        for weights in dict.fromkeys(line.weights for line in lines):
+        for weights in dict.fromkeys(line.weights for line in lines if line.work == work):
             some = [line for line in lines if (line.weights, line.work) == (weights, work)]
             style = "s:k" if weights == THEIRS else "o-"
             [curve] = axes.plot([line.size for line in some], [line.speed for line in some], style, label=weights)
             floors = [(line.size, line.size / line.floor) for line in some if line.floor]
             if floors:
                 axes.plot(*zip(*floors, strict=True), "--", color=curve.get_color(), alpha=0.5)
+        if not axes.lines:
+            continue  # nothing is measured yet, and an empty plot has no logarithms
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="tokens per second", title=f"{work} (dashed: floor)")
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -216,12 +236,11 @@ def main() -> None:
     report.add(f"copies move {machine.bandwidth / 1e12:.3f} TB/s, {products}")
     report.add(HEADER)
     bench = Bench(config, device, machine, batches, prompts, args.context, args.turns, args.page_size, report)
-    if not args.alone:
-        bench.theirs()
+    sides = {} if args.alone else {THEIRS: bench.theirs}
     for name in args.modes.split(","):
-        forget(device)
-        bench.ours(None if name == "bfloat16" else cast(Mode, name))
-        report.draw()
+        sides[name] = partial(bench.ours, None if name == "bfloat16" else cast(Mode, name))
+    if not all_measured(sides, report, device):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
