@@ -47,7 +47,10 @@ $(READY): pyproject.toml constraints.txt $(wildcard model/native/*.[ch])
 	touch $(READY)
 
 # On a machine with a GPU, its own Python with torch, triton, transformers and pytest: no network, no virtual environment.
-# A test that fails does not keep the bench from running.
+# Tests that fail, hang or take too long do not keep the bench from running.
+TESTS_WITHIN ?= 5m
+REPORT ?= docs/gpu
 gpu-report:
-	$(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu; tested=$$?; \
-	$(PYTHON) -m tests.bench.bench_gpu --out docs/gpu && exit $$tested
+	timeout --foreground --signal=INT --kill-after=30s $(TESTS_WITHIN) \
+		$(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu; tested=$$?; \
+	$(PYTHON) -m tests.bench.bench_gpu --out $(REPORT) && exit $$tested
