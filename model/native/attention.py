@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.native.library import kernels
+from model.native.library import kernels, lies_as
 
 MULTIPLE = 32  # of which head_dim has to be one
 BLOCK_ROWS = 128  # of queries that read a block of keys together
@@ -74,10 +74,10 @@ def turn_and_store(
     """Turn query and key heads, of H + 2G, where they are; copy keys and values to their slots."""
     key_NGC, value_NGC = memory
     T, heads, C = heads_THC.shape
-    G = key_NGC.shape[1]
-    assert heads_THC.is_contiguous()
-    assert slot_T.is_contiguous()
+    G = _kv_heads(heads_THC, memory)
+    assert lies_as(slot_T, T, dtype=torch.int64)
     cos, sin = angles
+    assert all(lies_as(angle, T, 1, C) for angle in angles)
     kernels().turn_and_store(
         heads_THC.data_ptr(),
         T,
@@ -97,8 +97,10 @@ def attend(heads_THC: Tensor, memory: tuple[Tensor, Tensor], rows: Rows, out_THC
     """Write what the rows' queries, the first heads, find to their rows of out."""
     key_NGC, value_NGC = memory
     threads = torch.get_num_threads()
-    _, H, C = out_THC.shape
-    G = key_NGC.shape[1]
+    T, H, C = out_THC.shape
+    G = _kv_heads(heads_THC, memory)
+    assert lies_as(out_THC, T, H, C)
+    assert heads_THC.shape == (T, H + 2 * G, C)
     room = -(-rows.most_keys // 16) * 16
     scores = torch.empty(threads * (H // G) * room)
     kernels().attend(
@@ -126,8 +128,10 @@ def attend_chunks(heads_THC: Tensor, memory: tuple[Tensor, Tensor], chunks: Chun
     """Write what the chunks' queries, the first heads, find to their rows of out. Their own keys are in memory."""
     key_NGC, value_NGC = memory
     threads = torch.get_num_threads()
-    _, H, C = out_THC.shape
-    G = key_NGC.shape[1]
+    T, H, C = out_THC.shape
+    G = _kv_heads(heads_THC, memory)
+    assert lies_as(out_THC, T, H, C)
+    assert heads_THC.shape == (T, H + 2 * G, C)
     tokens = max(1, BLOCK_ROWS * G // H)
     room = torch.empty(threads * kernels().bytes_of_room(tokens * (H // G), C), dtype=torch.uint8)
     kernels().attend_chunks(
@@ -147,3 +151,12 @@ def attend_chunks(heads_THC: Tensor, memory: tuple[Tensor, Tensor], chunks: Chun
         out_THC.data_ptr(),
         threads,
     )
+
+
+def _kv_heads(heads_THC: Tensor, memory: tuple[Tensor, Tensor]) -> int:
+    """G, of page memory in which keys and values of such heads have a place."""
+    N, G, C = memory[0].shape
+    assert C % MULTIPLE == 0
+    assert lies_as(heads_THC, *heads_THC.shape[:2], C)
+    assert all(lies_as(part, N, G, C) for part in memory)
+    return G

@@ -96,6 +96,11 @@ def _share_openmp() -> None:
     raise OSError("torch has loaded no OpenMP")
 
 
+def lies_as(x: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether a kernel, which is told an address and no more, finds this there."""
+    return x.shape == shape and x.dtype == dtype and x.is_contiguous()
+
+
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory in large pages, where the system gives any: what is read once a step looks up fewer addresses."""
     memory = torch.empty(shape, dtype=dtype)

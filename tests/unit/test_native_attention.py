@@ -128,3 +128,26 @@ def test_heads_are_turned_and_stored(T: int, H: int, G: int, C: int) -> None:
     assert torch.equal(memory[1][slot_T], heads_THC[:, H + G :])
     untouched = sorted(set(range(64)) - set(slot_T.tolist()))
     assert not any(part[untouched].any() for part in memory)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"heads": normal(3, 4, 64).float()},
+        {"heads": normal(4, 3, 64).transpose(0, 1)},
+        {"heads": normal(3, 4, 32)},
+        {"slots": torch.arange(3).int()},
+        {"slots": torch.arange(2)},
+        {"slots": torch.arange(6)[::2]},
+        {"cos": normal(3, 1, 64).float()},
+        {"cos": normal(2, 1, 64)},
+        {"keys": normal(8, 1, 64).half()},
+        {"keys": normal(8, 2, 64)[:, :1]},
+    ],
+)
+def test_what_would_be_read_or_written_past_never_reaches_a_kernel(wrong: dict[str, Tensor]) -> None:
+    right = {"heads": normal(3, 4, 64), "slots": torch.arange(3), "cos": normal(3, 1, 64), "keys": normal(8, 1, 64)}
+    given = right | wrong
+    memory = given["keys"], normal(8, 1, 64)
+    with pytest.raises(AssertionError):
+        turn_and_store(given["heads"], (given["cos"], normal(3, 1, 64)), given["slots"], memory)

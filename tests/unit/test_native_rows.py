@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -79,3 +81,26 @@ def test_rows_are_counted() -> None:
     load = SlotLoad(1, 3)
     NativeOneRank(3, load).dispatch(0, random(2, 32), torch.tensor([[2, 0], [2, 1]]), torch.ones(2, 2))
     assert load.take() == ((1, 1, 2),)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: rows.norm(random(2, 48), random(48), 1e-5),
+        lambda: rows.norm(random(2, 64), random(64).float(), 1e-5),
+        lambda: rows.norm(random(2, 64).float(), random(64), 1e-5),
+        lambda: rows.add_norm(random(2, 64), random(1, 64), random(64), 1e-5),
+        lambda: rows.add_norm(random(2, 64), random(2, 64), random(32), 1e-5),
+        lambda: rows.route(random(2, 64), random(4, 64).float(), 2),
+        lambda: rows.route(random(2, 64), random(4, 32), 2),
+        lambda: rows.route(random(2, 64), random(4, 64), 5),
+        lambda: rows.dispatch(random(2, 64), torch.zeros(3, 2, dtype=torch.int64), 4),
+        lambda: rows.dispatch(random(2, 64), torch.zeros(2, 2, dtype=torch.int32), 4),
+        lambda: rows.combine(random(3, 64), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)),
+        lambda: rows.combine(random(4, 64).float(), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)),
+        lambda: rows.combine(random(4, 64), torch.zeros(1, 2, dtype=torch.int64), torch.ones(2, 2)),
+    ],
+)
+def test_what_a_kernel_would_read_past_or_misread_never_reaches_it(call: Callable[[], object]) -> None:
+    with pytest.raises(AssertionError):
+        call()
