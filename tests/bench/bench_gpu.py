@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench_gpu [--out docs/gpu]          Mixtral 8x7B; no download, no network, no ray
     python -m tests.bench.bench_gpu --geometry tiny --device cpu      whether the bench itself works
+    python -m tests.bench.bench_gpu --draw docs/gpu                   the picture of a table that is there already
 
 Weights are random and made on the device. Floors are of this machine, measured in this process: bytes that a step must
 read at the rate of a large copy, operations at the rate of a large product. A decode step is what a server waits for:
@@ -82,6 +83,15 @@ class Line:
         if self.theirs is None:
             return f"{row}{'':>10} {self.way}".rstrip()
         return f"{row}{self.theirs.speed:>10.0f} {self.theirs.way:<11}{self.theirs.seconds / self.seconds:>6.2f}"
+
+
+def lines_of(table: str) -> list[Line]:
+    """What a picture needs of a table's rows."""
+    rows = [row.split() for row in table.splitlines()]
+    return [
+        Line(weights, work, int(size), float(ms) / 1e3, None if weights == THEIRS else float(rest[1]) / 1e3)
+        for weights, work, size, ms, *rest in (row for row in rows if row[1:2] in (["decode"], ["prefill"]))
+    ]
 
 
 class Report:
@@ -187,11 +197,11 @@ def described(device: torch.device) -> str:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Tokens per second over sizes, with floors dashed. Without matplotlib there is no picture."""
+    """Tokens per second over sizes, with floors dashed. Without matplotlib there is no picture yet."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: matplotlib is not installed")
+        print("no picture: matplotlib is not installed here; --draw makes it from the table elsewhere")
         return
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, work, label in zip(
@@ -223,7 +233,13 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=16, help="256: read by flash-attn, where it is installed")
     parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, help="directory for the table and the picture")
+    parser.add_argument(
+        "--draw", type=Path, metavar="DIRECTORY", help="measure nothing: draw the table that lies there"
+    )
     args = parser.parse_args()
+    if args.draw:
+        draw(lines_of((args.draw / "speed.txt").read_text()), args.draw / "speed.png")
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device(args.device)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from tests.bench.bench_gpu import Line, Report, all_measured
+from tests.bench.bench_gpu import THEIRS, Line, Report, all_measured, lines_of
 
 ROOT = Path(__file__).parents[2]
 GIVEN = ("torch", "triton", "transformers", "pytest")
@@ -91,6 +91,23 @@ def test_a_row_is_kept_as_soon_as_it_is_known(tmp_path: Path) -> None:
     for size in (1, 2):
         report.add(Line("bfloat16", "decode", size, 0.5))
         assert len((tmp_path / "speed.txt").read_text().splitlines()) == size
+
+
+def test_a_table_can_be_drawn_elsewhere(tmp_path: Path) -> None:
+    report = Report(tmp_path)
+    theirs = Line(THEIRS, "decode", 32, 0.05, way="eager")
+    ours = Line("bfloat16", "decode", 32, 0.025, 0.02, 0.03, theirs=theirs)
+    for line in (
+        "a heading",
+        theirs,
+        ours,
+        "# fp8 failed: RuntimeError: no such kernel",
+        Line("int4", "prefill", 8, 2, 1),
+    ):
+        report.add(line)
+    drawn = lines_of((tmp_path / "speed.txt").read_text())
+    points = [(line.weights, line.work, line.size, line.seconds, line.floor) for line in drawn]
+    assert points == [(line.weights, line.work, line.size, line.seconds, line.floor) for line in report.lines]
 
 
 def test_a_side_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
