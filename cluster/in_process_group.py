@@ -65,7 +65,7 @@ class InProcessGroup:
         return ()
 
     def stop(self) -> None:
-        self._line.close()
+        self._line.close(self.epoch)
         self._callers.shutdown(cancel_futures=True)
         self._line.stop()
         self._status = replace(self._status, state="dead")

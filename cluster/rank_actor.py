@@ -69,9 +69,12 @@ class RankActor:
         done, total = self._read
         return done / total
 
-    def abort(self) -> None:
-        """Call the worker out of its collectives, which nothing else can; returns when it has come."""
-        self._line.close()
+    def abort(self, epoch: int) -> None:
+        """Call the worker out of its collectives, which nothing else can; returns when it has come.
+
+        Nothing of this epoch begins any more, even if it was asked for before.
+        """
+        self._line.close(epoch)
         if self._membership is not None:
             self._membership.abort()
         self._line.wait_until_empty()

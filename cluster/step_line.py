@@ -8,7 +8,8 @@ Callers may come in any order: each waits until the steps before its own are pre
 computing, because torch brings threads of its own for each that computes, and two such sets would fight for the cores.
 
 A line takes the steps of one epoch, that of the group it was formed with last. Once it is closed or a step has failed
-it takes no more: who waits is sent away, and what is prepared is not computed. Knows neither ray nor torch.
+it takes no more: who waits is sent away, and what is prepared is not computed. Closing names the epoch, for it may
+overtake the call that forms the group. Knows neither ray nor torch.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class StepLine:
         self._changed = threading.Condition()  # held where a step is prepared
         self._epoch: int | None = None  # whose steps are taken
         self._leave = threading.Event()  # set: no more of them are
+        self._over = -1  # the last epoch that was closed
         self._calls = 0  # of form() and step() that are not over
 
     def form(self, join: Callable[[threading.Event], None], epoch: int) -> None:
@@ -59,10 +61,13 @@ class StepLine:
 
         What went on before ends first. The event that `join` is given says that the group is not to be any more.
         """
-        self.close()
+        self.close(epoch - 1)
         self.wait_until_empty()
         with self._call():
-            self._epoch, self._leave = None, threading.Event()
+            with self._changed:
+                if epoch <= self._over:
+                    raise StepFailed("the group was aborted before it formed")
+                self._epoch, self._leave = None, threading.Event()
             self._thread.submit(join, self._leave).result()
             self._epoch = epoch
 
@@ -80,9 +85,10 @@ class StepLine:
             with self._closed_by_failure():
                 return output.result()
 
-    def close(self) -> None:
-        """Take no more steps, and send away who waits for one; what is being computed goes on."""
+    def close(self, epoch: int) -> None:
+        """Up to this epoch form no group and take no more steps; who waits is sent away, what is computed goes on."""
         with self._changed:
+            self._over = max(self._over, epoch)
             self._leave.set()
             self._changed.notify_all()
 
@@ -92,8 +98,7 @@ class StepLine:
             self._changed.wait_for(lambda: not self._calls)
 
     def stop(self) -> None:
-        """For good."""
-        self.close()
+        """For good, once it is closed."""
         self._thread.shutdown()
 
     def _compute(self, prepared: Any, epoch: int) -> Output:

@@ -134,7 +134,6 @@ class RayGroup:
         return self._num_pages
 
     def recover(self, *, anew: bool = False) -> frozenset[int]:
-        self.epoch += 1
         self._part(set(self._ranks) if anew else self._find_lost())
         self._fill()
         self.fetch(self._placement)  # some may have died between two placements
@@ -249,14 +248,16 @@ class RayGroup:
         return {number for number, rank in self._ranks.items() if rank.lost or rank.watch in over}
 
     def _part(self, lost: set[int]) -> None:
-        """Let go of the ranks that are lost, and of each other."""
+        """Let go of the ranks that are lost, and of each other. What follows is another epoch."""
         self._give_up(lost | self._abort(self._ranks.keys() - lost))
+        self.epoch += 1
         for step in self._handed_out:
             step.abandon()
 
     def _abort(self, numbers: Collection[int]) -> set[int]:
         """Call ranks out of their collectives, also those that wait for others to join; those that did not come."""
-        calls = {self._ranks[n].ask("control", "abort"): n for n in numbers if self._ranks[n].facts is not None}
+        loaded = [n for n in numbers if self._ranks[n].facts is not None]
+        calls = {self._ranks[n].ask("control", "abort", self.epoch): n for n in loaded}
         came = {calls[call] for call in ended(list(calls), ABORT_TIMEOUT_S) if not failed(call)}
         return set(calls.values()) - came
 

@@ -37,7 +37,7 @@ def actor(tmp_path: Path) -> RankActor:
 
 def test_after_an_abort_nothing_runs_until_there_is_a_new_group(actor: RankActor) -> None:
     first, second = actor.step(FIRST, 0), actor.step(SECOND, 0)
-    actor.abort()
+    actor.abort(0)
     with pytest.raises(StepFailed, match="the group was aborted"):
         actor.step(StepPlan(2, ()), 0)
     actor.join(None, "127.0.0.1", 8, epoch=1)
@@ -63,7 +63,7 @@ def test_an_abort_returns_when_the_step_has_come_back_and_the_next_is_not_comput
     with ThreadPoolExecutor(CALLERS + 1) as callers:
         steps = [callers.submit(actor.step, plan, 0) for plan in (FIRST, SECOND)]
         assert computing.wait(WAIT_S)
-        aborting = callers.submit(actor.abort)
+        aborting = callers.submit(actor.abort, 0)
         with pytest.raises(TimeoutError):
             aborting.result(0.02)
         let_go.set()
@@ -80,7 +80,7 @@ def test_after_an_abort_no_graph_keeps_the_group_that_it_has_captured(actor: Ran
     alive = weakref.ref(graphs)
     actor._worker._graphs = graphs  # type: ignore[assignment]
     del graphs
-    actor.abort()
+    actor.abort(0)
     assert alive() is None
 
 
@@ -99,7 +99,7 @@ def test_a_rank_that_waits_for_others_to_join_is_called_back(actor: RankActor, m
     with ThreadPoolExecutor(1) as caller:
         joining = caller.submit(actor.join, rendezvous, "127.0.0.1", 8, 1)
         assert waits.wait(WAIT_S)
-        actor.abort()
+        actor.abort(1)
         assert isinstance(joining.exception(WAIT_S), ConnectionError)
 
 

@@ -173,7 +173,7 @@ def test_who_waits_for_a_step_that_fails_is_sent_away(rig: Rig) -> None:
 
 def test_a_closed_line_is_empty_when_what_computes_has_come_back(rig: Rig) -> None:
     first, second = rig.under_way(0, 1)
-    rig.line.close()
+    rig.line.close(0)
     empty = threading.Thread(target=rig.line.wait_until_empty)
     empty.start()
     empty.join(0.02)
@@ -191,7 +191,7 @@ def test_a_closed_line_is_empty_when_what_computes_has_come_back(rig: Rig) -> No
 
 def test_who_waits_for_its_turn_is_sent_away_when_the_line_closes(rig: Rig) -> None:
     waits = rig.step(1)
-    rig.line.close()
+    rig.line.close(0)
     with pytest.raises(StepFailed, match="the group was aborted"):
         waits.result(WAIT_S)
     rig.line.wait_until_empty()
@@ -223,12 +223,24 @@ def test_a_group_is_formed_when_the_last_one_s_steps_have_ended(rig: Rig) -> Non
 def test_a_group_that_is_given_up_while_it_forms_takes_no_steps(rig: Rig) -> None:
     def join(leave: threading.Event) -> None:
         rig.worker.join(leave)
-        rig.line.close()
+        rig.line.close(1)
         assert leave.is_set(), "whoever waits for others to join is told"
 
     rig.line.form(join, epoch=1)
     with pytest.raises(StepFailed, match="the group was aborted"):
         rig.step(0, epoch=1).result(WAIT_S)
+
+
+def test_a_group_that_was_given_up_before_it_formed_never_forms(rig: Rig) -> None:
+    """Both calls are on their way at once. It would wait for others who have left already."""
+    rig.line.close(1)
+    with pytest.raises(StepFailed, match="the group was aborted"):
+        rig.line.form(rig.worker.join, epoch=1)
+    rig.line.wait_until_empty()
+    assert rig.worker.log == ["join"], "of the epoch before"
+    rig.line.form(rig.worker.join, epoch=2)
+    rig.go_on()
+    assert rig.step(0, epoch=2).result(WAIT_S).step == 0
 
 
 def test_what_forming_raises_is_raised_and_nothing_is_taken(rig: Rig) -> None:
