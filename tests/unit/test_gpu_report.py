@@ -49,8 +49,10 @@ def distributions(names: tuple[str, ...]) -> list[metadata.Distribution]:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of packages as pip would fill it."""
+    """A directory of packages as pip would fill it, one of which brought its tests under the name of ours."""
     directory = tmp_path_factory.mktemp("packages")
+    (directory / "tests").mkdir()
+    (directory / "tests" / "__init__.py").touch()
     for distribution in distributions(GIVEN):
         for name in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             if not (directory / name).exists():
