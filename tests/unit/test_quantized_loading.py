@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.quantized_checkpoints import SIZES
 from tests.tiny import CONFIG, weights, write_checkpoint
 
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
+LAYOUTS = list(product((1, 2, 4), (1, 2))) if os.environ.get("MIXTRAL_TEST_ALL") else [(1, 2), (2, 1), (4, 2)]
 H, C = 4, 64
 
 
@@ -33,7 +36,7 @@ def load(directory: Path, mode: Mode | None, **shard: Any) -> MixtralWeights:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("tensor", "slices"), [(1, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("tensor", "slices"), LAYOUTS)
 def test_quantise_then_slice_is_a_slice_of_the_whole(tmp_path: Path, mode: Mode, tensor: int, slices: int) -> None:
     directory = write_checkpoint(tmp_path, **SIZES)
     whole = load(directory, mode)
