@@ -6,8 +6,8 @@ import argparse
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         _check_writable(options.json)  # now, not after an hour
     model, measured = asyncio.run(_measure(options, workload))
     report = measured.report()
+    print(f"{model} at {options.url}, {workload.streams} streams:\n\n{page(report)}")
     if options.json is not None:
         asked = {
             "url": options.url,
@@ -81,8 +82,8 @@ def run(options: argparse.Namespace) -> int:
             "output_tokens": [workload.output_tokens[0], workload.output_tokens[-1]],
             "seed": workload.seed,
         }
-        options.json.write_text(json.dumps({"asked": asked} | report, indent=1) + "\n")
-    print(f"{model} at {options.url}, {workload.streams} streams:\n\n{page(report)}")
+        with _said_why(options.json):
+            options.json.write_text(json.dumps({"asked": asked} | report, indent=1) + "\n")
     return int(bool(report["errors"]))
 
 
@@ -104,8 +105,19 @@ async def _measure(options: argparse.Namespace, workload: Workload) -> tuple[str
 
 
 def _check_writable(path: Path) -> None:
-    try:
+    """And leave it as it is."""
+    with _said_why(path):
+        is_new = not path.exists()
         path.open("a").close()
+        if is_new:
+            path.unlink()
+
+
+@contextmanager
+def _said_why(path: Path) -> Iterator[None]:
+    """That it cannot be written, where that is so."""
+    try:
+        yield
     except OSError as error:
         raise SettingsError(f"{path} cannot be written: {error.strerror}.") from None
 

@@ -51,6 +51,33 @@ def test_a_failed_request_is_a_status(capsys: pytest.CaptureFixture[str]) -> Non
     assert output.err == ""
 
 
+def test_a_server_that_is_not_there_leaves_no_empty_result(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("{}")
+    for file in (new, old):
+        assert main(["bench", "--url", f"http://127.0.0.1:{free_port()}", "--json", str(file)]) == 2
+    assert not new.exists()
+    assert old.read_text() == "{}"
+
+
+def test_a_result_that_cannot_be_written_after_all_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results" / "result.json"
+    file.parent.mkdir()
+
+    async def removing(request: Request) -> AsyncIterator[TokenEvent]:
+        file.parent.rmdir()
+        async for event in spelling("abc")(request):
+            yield event
+
+    with on_a_port(app_for(FakeEngine(removing))) as url:
+        assert main(["bench", "--url", url, "--requests", "1", "--json", str(file), "--quiet", *SMALL]) == 2
+    output = capsys.readouterr()
+    assert "1 requests finished" in output.out
+    assert output.err == f"mixtral-serve: {file} cannot be written: No such file or directory.\n"
+
+
 def test_an_interrupt_prints_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     async def interrupting(request: Request) -> AsyncIterator[TokenEvent]:
         if len(engine.requests) == 3:  # the first two have been answered or will never be
