@@ -225,6 +225,8 @@ class Engine:
         """Move experts so that ranks have as much to do as each other, by the load lately. Steps go on meanwhile."""
         if self._moving.locked():
             raise EngineNotReady("experts are being moved already", retry_after_s=5)
+        if self._loop.recovering:
+            raise EngineNotReady("a rank died and is being replaced", retry_after_s=2)
         async with self._moving:
             epoch = self._group.epoch
             planned = rebalance(self._load.placement, self._load.rows())

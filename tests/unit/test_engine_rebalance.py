@@ -50,6 +50,32 @@ async def test_what_is_even_stays() -> None:
         assert group.fetched is None
 
 
+async def test_nothing_moves_while_ranks_are_replaced() -> None:
+    """They are told where experts sit by the recovery itself, and would forget what they fetched for the move."""
+    group = FakeGroup(64, 4)
+    begun, held = threading.Event(), threading.Event()
+    recover = group.recover
+
+    def recover_slowly(*, anew: bool = False) -> frozenset[int]:
+        lost = recover(anew=anew)
+        begun.set()
+        held.wait()
+        return lost
+
+    async with loaded_engine(group) as engine:
+        group.recover = recover_slowly  # type: ignore[method-assign]
+        engine.rank_lost("rank 1 died", group.epoch)
+        assert await asyncio.to_thread(begun.wait, 10)
+        asked = asyncio.create_task(engine.rebalance())
+        try:
+            await asyncio.wait((asked,), timeout=0.02)
+        finally:
+            held.set()
+        with pytest.raises(EngineNotReady, match="being replaced"):
+            await asked
+        assert group.fetched is None
+
+
 async def test_a_second_one_is_told_to_wait_for_the_first() -> None:
     group = FakeGroup(64, 4)
     held = threading.Event()
