@@ -40,25 +40,33 @@ INLINE void swiglu(int M, const __m512 gate[TILE_ROWS], const __m512 up[TILE_ROW
 
 static void linear_strips(Share *share, const bf16 *x, int64_t x_stride, int64_t T, int64_t I, const bf16 *packed,
                           int64_t O, bf16 *y) {
-    for (int64_t panel = 0; panel < O / PANEL; panel += 2)
-        if (mine(share, cost(T)))
-            strip(T, x, x_stride, I, panels_at(packed, panel, panel + 1, 2, I), keep, y + panel * PANEL,
-                  O * sizeof(bf16));
+    const int64_t part = rows_at_once(T, I);
+    for (int64_t first = 0; first < T; first += part) {
+        const int64_t rows = T - first < part ? T - first : part;
+        for (int64_t panel = 0; panel < O / PANEL; panel += 2)
+            if (mine(share, cost(rows)))
+                strip(rows, x + first * x_stride, x_stride, I, panels_at(packed, panel, panel + 1, 2, I), keep,
+                      y + first * O + panel * PANEL, O * sizeof(bf16));
+    }
 }
 
 static void gate_up_strips(Share *share, const bf16 *x, int64_t T, int64_t D, const bf16 *packed, int64_t F,
                            bf16 *hidden) {
-    for (int64_t panel = 0; panel < F / PANEL; panel++)
-        if (mine(share, cost(T)))
-            strip(T, x, D, D, panels_at(packed, panel, F / PANEL + panel, 1, D), swiglu, hidden + panel * PANEL,
-                  F * sizeof(bf16));
+    const int64_t part = rows_at_once(T, D);
+    for (int64_t first = 0; first < T; first += part) {
+        const int64_t rows = T - first < part ? T - first : part;
+        for (int64_t panel = 0; panel < F / PANEL; panel++)
+            if (mine(share, cost(rows)))
+                strip(rows, x + first * D, D, D, panels_at(packed, panel, F / PANEL + panel, 1, D), swiglu,
+                      hidden + first * F + panel * PANEL, F * sizeof(bf16));
+    }
 }
 
 void linear(const bf16 *x, int64_t x_stride, int64_t T, const bf16 *packed, int64_t O, int64_t I, bf16 *y,
             int64_t threads) {
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(O / PANEL / 2 * cost(T));
+        Share share = share_of(total_cost(T, I, O / PANEL / 2));
         linear_strips(&share, x, x_stride, T, I, packed, O, y);
     }
 }
@@ -66,15 +74,18 @@ void linear(const bf16 *x, int64_t x_stride, int64_t T, const bf16 *packed, int6
 // hidden has room for (N, F). gate_up and down: one address per expert.
 void experts(const bf16 *x, const int64_t *rows, int64_t E, const bf16 *const *gate_up, const bf16 *const *down,
              int64_t D, int64_t F, bf16 *hidden, bf16 *y, int64_t threads) {
-    int64_t each = 0; // of one strip of every expert
-    for (int64_t e = 0; e < E; e++) each += cost(rows[e]);
+    int64_t up_total = 0, down_total = 0;
+    for (int64_t e = 0; e < E; e++) {
+        up_total += total_cost(rows[e], D, F / PANEL);
+        down_total += total_cost(rows[e], F, D / PANEL / 2);
+    }
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(F / PANEL * each);
+        Share share = share_of(up_total);
         for (int64_t e = 0, first = 0; e < E; first += rows[e++])
             gate_up_strips(&share, x + first * D, rows[e], D, gate_up[e], F, hidden + first * F);
 #pragma omp barrier
-        share = share_of(D / PANEL / 2 * each);
+        share = share_of(down_total);
         for (int64_t e = 0, first = 0; e < E; first += rows[e++])
             linear_strips(&share, hidden + first * F, F, rows[e], F, down[e], D, y + first * D);
     }

@@ -93,7 +93,20 @@ INLINE void strip(int64_t M, const bf16 *x, int64_t x_stride, int64_t I, Panels 
     }
 }
 
+// Rows that stay in the caches while all panels pass by: of more than these, parts as even as can be.
+INLINE int64_t rows_at_once(int64_t rows, int64_t I) {
+    const int64_t most = (2 << 20) / (I * sizeof(bf16)) + TILE_ROWS, parts = (rows + most - 1) / most;
+    return parts < 2 ? rows : (rows / parts / TILE_ROWS + 1) * TILE_ROWS;
+}
+
 // What a strip costs beside others, in rows: reading its panels takes as long as multiplying so many.
 INLINE int64_t cost(int64_t rows) { return rows == 0 ? 0 : rows < 16 ? 16 : rows; }
+
+// Of all strips of an input, one for each panel or two.
+INLINE int64_t total_cost(int64_t rows, int64_t I, int64_t strips) {
+    if (!rows) return 0;
+    const int64_t part = rows_at_once(rows, I);
+    return strips * (rows / part * cost(part) + cost(rows % part));
+}
 
 #endif
