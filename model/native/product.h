@@ -19,6 +19,7 @@
 
 #define PANEL 16
 #define TILE_ROWS 12
+#define FETCHING 8 // tiles that fetch the next panels between them
 
 typedef struct {
     const bf16 *left, *right;          // the two panels
@@ -74,9 +75,10 @@ INLINE void tile(const int M, const bf16 *x, int64_t x_stride, int64_t I, Panels
 INLINE void strip(int64_t M, const bf16 *x, int64_t x_stride, int64_t I, Panels w, Finish finish, void *to,
                   int64_t y_stride) {
     char *y = to;
-    const int64_t tiles = (M + TILE_ROWS - 1) / TILE_ROWS, fetch = 4 * PANEL / tiles;
+    const int64_t tiles = (M + TILE_ROWS - 1) / TILE_ROWS, fetching = tiles < FETCHING ? tiles : FETCHING;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t rows = M / (tiles - t); // as even as can be
+        const int64_t fetch = t < fetching ? (4 * PANEL + fetching - 1) / fetching : 0;
         switch (rows) {
 #define CASE(N)                                                       \
     case N:                                                           \
