@@ -46,8 +46,6 @@ from model.moe import Routing
 from model.stages import Stages
 from model.tokenizer import load_tokenizer
 
-HEAD_ROWS = 256  # rows of a prompt whose logits are in memory at once
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

@@ -97,10 +97,7 @@ def attend(heads_THC: Tensor, memory: tuple[Tensor, Tensor], rows: Rows, out_THC
     """Write what the rows' queries, the first heads, find to their rows of out."""
     key_NGC, value_NGC = memory
     threads = torch.get_num_threads()
-    T, H, C = out_THC.shape
-    G = _kv_heads(heads_THC, memory)
-    assert lies_as(out_THC, T, H, C)
-    assert heads_THC.shape == (T, H + 2 * G, C)
+    H, G, C = _attending(heads_THC, memory, out_THC)
     room = -(-rows.most_keys // 16) * 16
     scores = torch.empty(threads * (H // G) * room)
     kernels().attend(
@@ -128,10 +125,7 @@ def attend_chunks(heads_THC: Tensor, memory: tuple[Tensor, Tensor], chunks: Chun
     """Write what the chunks' queries, the first heads, find to their rows of out. Their own keys are in memory."""
     key_NGC, value_NGC = memory
     threads = torch.get_num_threads()
-    T, H, C = out_THC.shape
-    G = _kv_heads(heads_THC, memory)
-    assert lies_as(out_THC, T, H, C)
-    assert heads_THC.shape == (T, H + 2 * G, C)
+    H, G, C = _attending(heads_THC, memory, out_THC)
     tokens = max(1, BLOCK_ROWS * G // H)
     room = torch.empty(threads * kernels().bytes_of_room(tokens * (H // G), C), dtype=torch.uint8)
     kernels().attend_chunks(
@@ -151,6 +145,15 @@ def attend_chunks(heads_THC: Tensor, memory: tuple[Tensor, Tensor], chunks: Chun
         out_THC.data_ptr(),
         threads,
     )
+
+
+def _attending(heads_THC: Tensor, memory: tuple[Tensor, Tensor], out_THC: Tensor) -> tuple[int, int, int]:
+    """H, G and C, of an output with a place for what each query finds."""
+    T, H, C = out_THC.shape
+    G = _kv_heads(heads_THC, memory)
+    assert lies_as(out_THC, T, H, C)
+    assert heads_THC.shape == (T, H + 2 * G, C)
+    return H, G, C
 
 
 def _kv_heads(heads_THC: Tensor, memory: tuple[Tensor, Tensor]) -> int:
