@@ -1,8 +1,10 @@
-"""Compiles every kernel for a GPU that need not be there, as a model of Mixtral 8x7B's geometry launches them.
+"""Compiles every kernel for a GPU that need not be there, as models of Mixtral's geometries launch them.
 
-    python -m tests.kernel_cubins [--whole]    one JSON object per line: kernel, constants, bytes of code, shared memory
+    python -m tests.kernel_cubins [--whole]    one JSON object per line: kernel, precision, constants, and what it
+                                               takes: bytes of code, shared memory and stack, registers of a thread
 
-Every kernel in every mode of weights, in two tilings; with --whole in every one.
+As 8x7B does in bfloat16: every kernel in every mode of weights, in two tilings; and in float32, as the demo model does,
+with plain weights. With --whole as 8x7B and 8x22B do, in every precision, mode and tiling.
 
 A process of its own: Triton decides as it is imported whether kernels are interpreted.
 """
@@ -11,20 +13,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from model.config import MixtralConfig
 from model.quantization import Mode, weights_per_byte
 
-BFLOAT16 = torch.bfloat16
 CAPABILITY = 90
 EVERY_TILING = (1, 64, 128, 1024)  # tokens of a step
 TWO_TILINGS = (1, 128)  # one deeper than a group of weights that share a scale, one as deep
-CONFIG = {
+MODES: tuple[Mode, ...] = get_args(Mode)
+SIZES_8X7B = {
     "model_type": "mixtral",
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -36,6 +43,14 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 32768,
     "rope_theta": 1e6,
+}
+SIZES_8X22B = SIZES_8X7B | {
+    "vocab_size": 32768,
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 56,
+    "num_attention_heads": 48,
+    "max_position_embeddings": 65536,
 }
 
 
@@ -55,7 +70,7 @@ class Compiler:
         def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             compiled = compile_and_run(kernel, *args, grid=grid, warmup=True, **options)
             constants = {name: value for name, value in options.items() if isinstance(value, int | str)}
-            self.compiled[json.dumps([kernel.fn.__name__, constants])] = compiled
+            self.compiled[json.dumps([kernel.fn.__name__, constants, compiled.hash])] = compiled
             return compiled
 
         JITFunction.run = compile_only
@@ -70,74 +85,129 @@ class Compiler:
         return 0
 
 
-def launch_all(config: MixtralConfig, tokens: Sequence[int]) -> None:
-    """Every kernel as a model of this geometry launches it. Nothing is computed: memory stays virtual."""
-    from model.kernels.norm import add_norm, norm
-    from model.kernels.paged_decode import PageTable, paged_decode
-    from model.kernels.rope_write import rope_write
-    from model.kernels.round_rows import round_rows
-    from model.kernels.routing import choose_experts, sort_pairs
-    from model.kernels.swiglu import swiglu
+@dataclass(frozen=True)
+class Launches:
+    """Of a model of this geometry. Nothing is computed: memory stays virtual."""
 
-    D, H, G, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    E, K = config.num_local_experts, config.num_experts_per_tok
-    x_SD, weight_D = empty(4, D), empty(D)
-    norm(x_SD, weight_D, 1e-5)
-    for delta in (x_SD, empty(4, K, D, dtype=torch.float32)):
-        add_norm(x_SD, delta, weight_D, 1e-5)
-    swiglu(empty(4, 2 * config.intermediate_size))
-    round_rows(empty(4, D))
-    choose_experts(empty(4, E, dtype=torch.float32), K)
-    sort_pairs(torch.zeros(4, K, dtype=torch.int64), E)
-    sort_pairs(torch.zeros(1, 1, dtype=torch.int64), E, torch.zeros(E, dtype=torch.int64), torch.zeros(1).int())
-    memory = empty(64, G, C), empty(64, G, C)
-    rope_write(empty(4, H + 2 * G, C), (empty(4, 1, C), empty(4, 1, C)), torch.zeros(4, dtype=torch.int64), memory)
-    table = PageTable(*(torch.zeros(4, dtype=torch.int32) for _ in range(3)))
-    paged_decode(empty(4, H, C), memory, table, page_size=16, window=None, splits=8)
-    launch_products(config, tokens)
+    config: MixtralConfig
+    dtype: torch.dtype
+    tokens: Sequence[int]  # of steps
+    modes: Sequence[Mode] = MODES
+    splits: Sequence[int] = (8,)
+
+    def all(self) -> None:
+        from model.kernels.norm import add_norm, norm
+        from model.kernels.rope_write import rope_write
+        from model.kernels.round_rows import round_rows
+        from model.kernels.routing import choose_experts
+        from model.kernels.swiglu import swiglu
+
+        config, empty = self.config, self.empty
+        D, H, G, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        E, K = config.num_local_experts, config.num_experts_per_tok
+        x_SD, weight_D = empty(4, D), empty(D)
+        norm(x_SD, weight_D, 1e-5)
+        for delta in (x_SD, torch.empty(4, K, D)):
+            add_norm(x_SD, delta, weight_D, 1e-5)
+        swiglu(empty(4, 2 * config.intermediate_size))
+        round_rows(empty(4, D))
+        choose_experts(torch.empty(4, E), K)
+        memory = empty(64, G, C), empty(64, G, C)
+        rope_write(empty(4, H + 2 * G, C), (empty(4, 1, C), empty(4, 1, C)), int64(4), memory)
+        self.sorts()
+        self.decodes()
+        self.products()
+
+    def sorts(self) -> None:
+        from model.kernels.routing import sort_pairs
+
+        E, K = self.config.num_local_experts, self.config.num_experts_per_tok
+        for tokens in self.tokens:
+            sort_pairs(int64(tokens, K), E)
+        sort_pairs(int64(1, 1), E, int64(E), torch.zeros(1).int())
+
+    def decodes(self) -> None:
+        from model.kernels.paged_decode import PageTable, paged_decode
+
+        H, G, C = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        memory = self.empty(64, G, C), self.empty(64, G, C)
+        table = PageTable(*(torch.zeros(4, dtype=torch.int32) for _ in range(3)))
+        for splits in self.splits:
+            paged_decode(self.empty(4, H, C), memory, table, page_size=16, window=None, splits=splits)
+
+    def products(self) -> None:
+        from model.kernels.grouped_experts import grouped_experts
+        from model.kernels.quantized_product import quantized_product
+        from model.kernels.weight_tiles import WeightStack
+
+        D, F, E = self.config.hidden_size, self.config.intermediate_size, self.config.num_local_experts
+        order_P, first_L = torch.zeros(2048, dtype=torch.int32), torch.zeros(E + 1, dtype=torch.int32)
+        plain = WeightStack.plain(self.empty(E, 2 * F, D)), WeightStack.plain(self.empty(E, D, F))
+        quantized = [(self.stack(mode, E, 2 * F, D), self.stack(mode, E, D, F)) for mode in self.modes]
+        for tokens in self.tokens:
+            for gate_up, down in (plain, *quantized):
+                weight_SK = torch.empty(tokens, 2)
+                grouped_experts(self.empty(tokens, D), order_P[: 2 * tokens], first_L, weight_SK, gate_up, down)
+            for mode in self.modes:
+                quantized_product(self.empty(tokens, D), self.stack(mode, 1, 6144, D))
+
+    def stack(self, mode: Mode, experts: int, rows: int, columns: int) -> Any:
+        from model.kernels.weight_tiles import WeightStack
+
+        dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(mode, torch.uint8)
+        groups = columns // 64 if weights_per_byte(mode) == 2 else 1
+        scale_dtype = torch.float32 if mode == "nf4" else torch.bfloat16
+        packed = torch.empty(experts, rows, columns // weights_per_byte(mode), dtype=dtype)
+        return WeightStack.quantized(mode, packed, torch.empty(experts, rows, groups, dtype=scale_dtype))
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=self.dtype)
 
 
-def launch_products(config: MixtralConfig, batches: Sequence[int]) -> None:
-    from model.kernels.grouped_experts import grouped_experts
-    from model.kernels.quantized_product import quantized_product
-    from model.kernels.weight_tiles import WeightStack
-
-    D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
-    order_P, first_L = torch.zeros(2048, dtype=torch.int32), torch.zeros(E + 1, dtype=torch.int32)
-    modes: tuple[Mode, ...] = ("int8", "fp8", "int4", "nf4")
-    plain = WeightStack.plain(empty(E, 2 * F, D)), WeightStack.plain(empty(E, D, F))
-    quantized = [(stack(mode, E, 2 * F, D), stack(mode, E, D, F)) for mode in modes]
-    for tokens in batches:
-        weight_SK = empty(tokens, 2, dtype=torch.float32)
-        for gate_up, down in (plain, *quantized):
-            grouped_experts(empty(tokens, D), order_P[: 2 * tokens], first_L, weight_SK, gate_up, down)
-        for mode in modes:
-            quantized_product(empty(tokens, D), stack(mode, 1, 6144, D))
+def int64(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
 
 
-def stack(mode: Mode, experts: int, rows: int, columns: int) -> Any:
-    from model.kernels.weight_tiles import WeightStack
-
-    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(mode, torch.uint8)
-    groups = columns // 64 if weights_per_byte(mode) == 2 else 1
-    packed = empty(experts, rows, columns // weights_per_byte(mode), dtype=dtype)
-    return WeightStack.quantized(mode, packed, empty(experts, rows, groups))
+def quickly() -> list[Launches]:
+    config = MixtralConfig.from_dict(SIZES_8X7B, "config.json")
+    return [Launches(config, torch.bfloat16, TWO_TILINGS), Launches(config, torch.float32, (1,), modes=())]
 
 
-def empty(*shape: int, dtype: torch.dtype = BFLOAT16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype)
+def whole() -> list[Launches]:
+    return [
+        Launches(MixtralConfig.from_dict(sizes, "config.json"), dtype, EVERY_TILING, splits=(8, 16, 32, 64))
+        for sizes in (SIZES_8X7B, SIZES_8X22B)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
 
 
-def compiled_kernels(tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a thread, by the tool that Triton brings. Whatever does not fit in registers is there."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return {name.lower(): int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", dump)}
+
+
+def compiled_kernels(models: Sequence[Launches]) -> Iterator[dict[str, Any]]:
     compiler = Compiler()
-    launch_all(MixtralConfig.from_dict(CONFIG, "config.json"), tokens)
-    for key, kernel in compiler.compiled.items():
-        name, constants = json.loads(key)
-        facts = {"cubin_bytes": len(kernel.asm["cubin"]), "shared_bytes": kernel.metadata.shared}
-        yield {"kernel": name, "constants": constants} | facts
+    for model in models:
+        model.all()
+        for key, kernel in compiler.compiled.items():
+            name, constants, _ = json.loads(key)
+            facts = {"cubin_bytes": len(kernel.asm["cubin"]), "shared_bytes": kernel.metadata.shared}
+            told = {"kernel": name, "dtype": str(model.dtype), "width": model.config.hidden_size}
+            yield told | {"constants": constants} | facts | resources(kernel.asm["cubin"])
+        compiler.compiled.clear()
 
 
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ
-    for line in compiled_kernels(EVERY_TILING if sys.argv[1:] == ["--whole"] else TWO_TILINGS):
+    for line in compiled_kernels(whole() if sys.argv[1:] == ["--whole"] else quickly()):
         print(json.dumps(line))

@@ -42,7 +42,7 @@ def grouped_experts(
     assert weight_SK.is_contiguous()
     hidden_PF = x_SD.new_empty(P, F)
     # Rows are not dealt evenly: half as many again, so that few slots need a second tile.
-    tiling = tiling_for(1.5 * share * P / slots)
+    tiling = tiling_for(1.5 * share * P / slots, x_SD.element_size())
     tiles = (P + min(slots, P) * (tiling.rows - 1)) // tiling.rows  # at most, wherever the borders lie
     shape = {"SLOTS": triton.next_power_of_2(slots), "ROWS": tiling.rows, "COLUMNS": tiling.columns}
     options = {"DEPTH": tiling.depth, "num_warps": tiling.warps, "num_stages": tiling.stages}

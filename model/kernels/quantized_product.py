@@ -19,7 +19,7 @@ def quantized_product(x_TI: Tensor, weight: WeightStack) -> Tensor:
     assert x_TI.is_contiguous()
     y_TO = x_TI.new_empty(T, O)
     if T:
-        tiling = tiling_for(T)
+        tiling = tiling_for(T, x_TI.element_size())
         _quantized_product[(triton.cdiv(T, tiling.rows), triton.cdiv(O, tiling.columns))](
             x_TI, weight.packed_EOP, weight.scale_EOG, weight.levels, y_TO, T, O, I,
             MODE=weight.mode, GROUP=weight.group_size, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth,

@@ -78,11 +78,15 @@ class Tiling:
     stages: int
 
 
-def tiling_for(rows: float) -> Tiling:
+def tiling_for(rows: float, itemsize: int) -> Tiling:
     """For so many rows of x per weight. Few: reading weights is all, many: multiplying is.
 
-    Every choice keeps its stages under the 99 KB of shared memory that consumer cards have.
+    Every choice keeps its stages under the 99 KB of shared memory that consumer cards have, those of float32 too, whose
+    products also need three times the registers.
     """
+    if itemsize == 4:
+        height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        return Tiling(rows=height, columns=64, depth=32, warps=4, stages=3)
     if rows <= 16:
         return Tiling(rows=16, columns=64, depth=128, warps=4, stages=4)
     if rows <= 32:

@@ -26,7 +26,8 @@ from model.kernels.weight_tiles import Tiling, WeightStack
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small matrices take several tiles each way."""
-    monkeypatch.setattr(kernel, "tiling_for", lambda rows: Tiling(rows=16, columns=32, depth=32, warps=4, stages=2))
+    tiling = Tiling(rows=16, columns=32, depth=32, warps=4, stages=2)
+    monkeypatch.setattr(kernel, "tiling_for", lambda rows, itemsize: tiling)
 
 
 def random_stack(count: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
