@@ -21,6 +21,7 @@ from model.grammar import Matcher, apply_grammars
 from model.logit_rules import History, LogitRules, apply_rules
 from model.logprobs import logprobs
 from model.sampler import SamplingRow, sample
+from model.to_device import numbers
 
 MakeMatcher = Callable[[Grammar], Matcher]
 PLAIN = LogitRules()
@@ -103,14 +104,23 @@ def choose(logits_RV: Tensor, sequences: Sequence[Sampled]) -> Tensor:
     for sequence in sequences:
         sequence.num_generated += 1
     if any(sequence.watches for sequence in sequences):  # else nobody waits for the device here
-        for sequence, token_id in zip(sequences, ids_R.tolist(), strict=True):
-            sequence.accept(token_id)
+        _take_note(logits_RV, ids_R, sequences)
     return ids_R
+
+
+def _take_note(logits_RV: Tensor, ids_R: Tensor, sequences: Sequence[Sampled]) -> None:
+    """Of what was chosen, and of whether it could be: in one copy from the device."""
+    forbidden_R = logits_RV.gather(1, ids_R[:, None])[:, 0] == -torch.inf
+    chosen, forbidden = torch.stack((ids_R, forbidden_R.long())).tolist()
+    for sequence, token_id, nothing_left in zip(sequences, chosen, forbidden, strict=True):
+        if nothing_left and sequence.matcher is not None:
+            sequence.error = sequence.error or "every token that the grammar allows next is banned by the request"
+        sequence.accept(token_id)
 
 
 def _apply_rules(logits_RV: Tensor, sequences: Sequence[Sampled], rows: list[int]) -> None:
     if rows:
-        index = torch.tensor(rows, device=logits_RV.device)
+        index = numbers(rows, torch.int64, logits_RV.device)
         histories = [history for r in rows if (history := sequences[r].history) is not None]
         logits_RV[index] = apply_rules(logits_RV[index], [sequences[r].rules for r in rows], histories)
 

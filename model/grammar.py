@@ -197,7 +197,8 @@ class Matcher:
 def apply_grammars(logits_RV: Tensor, matchers: Mapping[int, Matcher]) -> dict[int, GrammarError]:
     """Set to -inf, in place, what each matcher's row forbids. Rows that cannot go on come back with their reason.
 
-    Comes after bans and biases (logit_rules.py): a row that they leave no allowed token is one that cannot go on.
+    Bans and biases come before (logit_rules.py). A row that they leave no allowed token has nothing but -inf then, which
+    is not asked here: whoever knows what was chosen asks what logit it had, so that nobody waits for a device twice.
     """
     masks: dict[int, bytes] = {}
     failed: dict[int, GrammarError] = {}
@@ -211,10 +212,6 @@ def apply_grammars(logits_RV: Tensor, matchers: Mapping[int, Matcher]) -> dict[i
     rows = numbers(list(masks), torch.int64, logits_RV.device)
     bytes_RB = torch.frombuffer(bytearray(b"".join(masks.values())), dtype=torch.uint8).view(len(masks), -1)
     logits_RV.index_add_(0, rows, _biases(to_device(bytes_RB, logits_RV.device), logits_RV))
-    best_R = logits_RV.amax(dim=-1).tolist()
-    for row in masks:
-        if best_R[row] == -torch.inf:
-            failed[row] = GrammarError("every token that the grammar allows next is banned by the request")
     return failed
 
 

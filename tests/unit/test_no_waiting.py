@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.messages import SamplingParams
+from cluster.sampling import Sampled, choose
 from model import triton_backend
 from model.batch import Batch, SequenceSpan
 from model.config import MixtralConfig
@@ -142,6 +144,34 @@ def test_choosing_tokens_does_not_wait() -> None:
     histories = [History.start([1, 2, 3], 384) for _ in RULES]
     with NoWaiting():
         assert sample(apply_rules(logits_RV, RULES, histories), ROWS).shape == (4,)
+
+
+class AllowsAll:
+    """A grammar's matcher."""
+
+    def mask(self) -> bytes:
+        return b"\xff" * (384 // 8)
+
+    def accept(self, token_id: int) -> None:
+        """Anything."""
+
+
+def test_rules_and_grammars_wait_once_for_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have to know it before the next step; nothing before that is asked."""
+    sampled = [
+        Sampled(SamplingParams(8, seed=0), 0, rules, History.start([1, 2, 3], 384), AllowsAll())  # type: ignore[arg-type]
+        for rules in RULES[1:]
+    ]
+    asked: list[Tensor] = []
+
+    def told(x: Tensor) -> list[list[int]]:
+        asked.append(x)
+        return [[7] * x.shape[1]] * len(x)
+
+    monkeypatch.setattr(Tensor, "tolist", told)
+    with NoWaiting():
+        choose(torch.empty(3, 384, device=DEVICE), sampled)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,15 @@ def test_a_grammar_in_trouble_is_its_own_sequence_s_trouble() -> None:
     assert late.error == "9 is not allowed"
 
 
+def test_what_a_grammar_allows_and_the_request_bans_ends_its_own_sequence() -> None:
+    fine = begin(grammar=Grammar("regex", "counting"))
+    for temperature in (0.0, 1.0):
+        again = begin(grammar=Grammar("regex", "counting"), bad_words=((3,),), temperature=temperature)
+        choose(logits(2), [again, fine])
+        assert again.error == "every token that the grammar allows next is banned by the request"
+        assert fine.error is None
+
+
 def test_ends_are_banned_only_where_a_minimum_is_asked_for() -> None:
     assert logit_rules(SamplingParams(8, stop_token_ids=(4,)), EOS).stop_ids == ()
     assert logit_rules(SamplingParams(8, min_tokens=1, stop_token_ids=(4,)), EOS).stop_ids == (4, 2)
