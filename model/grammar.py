@@ -197,8 +197,8 @@ class Matcher:
 def apply_grammars(logits_RV: Tensor, matchers: Mapping[int, Matcher]) -> dict[int, GrammarError]:
     """Set to -inf, in place, what each matcher's row forbids. Rows that cannot go on come back with their reason.
 
-    Bans and biases come before (logit_rules.py). A row that they leave no allowed token has nothing but -inf then, which
-    is not asked here: whoever knows what was chosen asks what logit it had, so that nobody waits for a device twice.
+    Bans and biases come before (logit_rules.py). A row that they leave no allowed token has nothing but -inf then,
+    which is not asked here: whoever knows what was chosen asks what logit it had, and nobody waits for a device twice.
     """
     masks: dict[int, bytes] = {}
     failed: dict[int, GrammarError] = {}
