@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
+# What Python compiles is kept, whatever the machine is set to: every process under test would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: gpu-report setup serve test test-all lint types format
 
 serve: $(READY)
