@@ -1,8 +1,9 @@
 """Kernels run in Triton's interpreter here, whatever the machine; random cases may take their time on a busy one; torch
-has one thread."""
+has one thread; what was imported is never searched for garbage."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -14,6 +15,15 @@ settings.load_profile("any machine")
 
 # Triton looks at this when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+# Objects of libraries, 600,000 of them, stay to the end: looking through them again and again takes seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
