@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,23 @@ NF4 = FORMATS["nf4 with quantised scales"]
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.fixture(params=FORMATS.values(), ids=FORMATS.keys())
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=FORMATS.values(), ids=FORMATS.keys())
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A quantised checkpoint, and a plain one of what it stands for."""
+    directory = tmp_path_factory.mktemp("saved")
     quantize, config = request.param
-    meant = rewrite(tmp_path / "quantised", quantize, config)
-    write_checkpoint(tmp_path / "plain", **SIZES)
-    save_file(meant, tmp_path / "plain" / "model.safetensors")
-    return tmp_path / "quantised", tmp_path / "plain"
+    meant = rewrite(directory / "quantised", quantize, config)
+    write_checkpoint(directory / "plain", **SIZES)
+    save_file(meant, directory / "plain" / "model.safetensors")
+    return directory / "quantised", directory / "plain"
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one with the most that can be damaged."""
+    directory = tmp_path_factory.mktemp("nested")
+    rewrite(directory, *NF4)
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -118,10 +128,13 @@ def test_a_rank_is_told_of_the_bytes_it_reads(saved: tuple[Path, Path]) -> None:
     assert heard[-1] == (size, size)
 
 
-def change(directory: Path, name: str, tensor: Tensor | None) -> None:
-    tensors = load_file(directory / "model.safetensors")
+def changed(source: Path, directory: Path, name: str, tensor: Tensor | None) -> Path:
+    """A copy with another tensor of that name, or none."""
+    tensors = load_file(source / "model.safetensors")
     del tensors[name]
+    shutil.copy(source / "config.json", directory)
     save_file(tensors if tensor is None else tensors | {name: tensor}, directory / "model.safetensors")
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -137,40 +150,38 @@ def change(directory: Path, name: str, tensor: Tensor | None) -> None:
         (f"{QUERY}.quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "is not a JSON object"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
-    rewrite(tmp_path, *NF4)
-    change(tmp_path, name, tensor)
+def test_damage_is_named(nested: Path, tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path)
+        load(changed(nested, tmp_path, name, tensor))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("blocksize", 128), ("shape", [64, 512]), ("quant_type", "fp4"), ("nested_blocksize", 64), ("nested_offset", "1")],
 )
-def test_a_matrix_that_says_otherwise_of_itself_is_refused(tmp_path: Path, field: str, value: object) -> None:
-    rewrite(tmp_path, *NF4)
+def test_a_matrix_that_says_otherwise_of_itself_is_refused(
+    nested: Path, tmp_path: Path, field: str, value: object
+) -> None:
     name = f"{QUERY}.quant_state.bitsandbytes__nf4"
-    state = json.loads(bytes(load_file(tmp_path / "model.safetensors")[name].tolist()))
+    state = json.loads(bytes(load_file(nested / "model.safetensors")[name].tolist()))
     text = json.dumps(state | {field: value}).encode()
-    change(tmp_path, name, torch.tensor(list(text), dtype=torch.uint8))
     with pytest.raises(CheckpointError, match=rf"q_proj\.weight has {field} "):
-        load(tmp_path)
+        load(changed(nested, tmp_path, name, torch.tensor(list(text), dtype=torch.uint8)))
 
 
 def test_scales_that_are_no_numbers_are_found_when_asked(tmp_path: Path) -> None:
-    rewrite(tmp_path, *FORMATS["int4 in groups"])
-    scale = load_file(tmp_path / "model.safetensors")[f"{QUERY}_scale"]
+    source, damaged = tmp_path / "source", tmp_path / "damaged"
+    rewrite(source, *FORMATS["int4 in groups"])
+    damaged.mkdir()
+    scale = load_file(source / "model.safetensors")[f"{QUERY}_scale"]
     scale[3, 1] = torch.nan
-    change(tmp_path, f"{QUERY}_scale", scale)
-    load(tmp_path)
+    load(changed(source, damaged, f"{QUERY}_scale", scale))
     with pytest.raises(CheckpointError, match=r"q_proj\.weight_packed, or what belongs to it, holds NaN or infinity"):
-        load_weights(tmp_path, load_config(tmp_path), Shard(), dtype=torch.float32, device=CPU, check_finite=True)
+        load_weights(damaged, load_config(damaged), Shard(), dtype=torch.float32, device=CPU, check_finite=True)
 
 
-def test_it_cannot_become_another_mode(tmp_path: Path) -> None:
-    rewrite(tmp_path, *NF4)
-    config = load_config(tmp_path)
+def test_it_cannot_become_another_mode(nested: Path) -> None:
+    config = load_config(nested)
     with pytest.raises(ConfigError, match="the checkpoint is nf4 already and cannot become int8"):
-        load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU, quantization="int8")
-    load_weights(tmp_path, config, Shard(), dtype=torch.float32, device=CPU, quantization="nf4")
+        load_weights(nested, config, Shard(), dtype=torch.float32, device=CPU, quantization="int8")
+    load_weights(nested, config, Shard(), dtype=torch.float32, device=CPU, quantization="nf4")
