@@ -153,11 +153,11 @@ void attend(const bf16 *queries, int64_t query_stride, const int64_t *row, int64
             const bf16 *keys, const bf16 *values, const int64_t *runs, const int64_t *first_run, const int64_t *keys_of,
             float scale, float *scores, int64_t most_keys, bf16 *out, int64_t threads) {
     const int64_t Q = H / G, room = (most_keys + KEYS - 1) / KEYS * KEYS * Q;
-    int64_t total = 0;
+    int64_t total = 0, given = 0;
     for (int64_t b = 0; b < B; b++) total += keys_of[b] * G;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(total);
+        Share share = share_of(total, &given);
         for (int64_t b = 0; b < B; b++)
             for (int64_t g = 0; g < G; g++)
                 if (mine(&share, keys_of[b]))

@@ -181,12 +181,13 @@ void attend_chunks(const bf16 *heads, const int64_t *chunk, int64_t B, int64_t w
                    bf16 *out, int64_t threads) {
     const Layer layer = {H, G, C, heads, keys, values, out, scale};
     const int64_t R = tokens * (H / G);
+    int64_t given = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         const Room room = room_in(memory + omp_get_thread_num() * bytes_of_room(R, C), R, C);
-        Share share = {0, 0, 0};
+        Share share = {.first = INT64_MAX, .last = INT64_MAX}; // of no task
         for (int counted = 0; counted < 2; counted++) { // first what it all costs, then one's share of it
-            if (counted) share = share_of(share.at);
+            if (counted) share = share_of(share.at, &given);
             for (int64_t b = 0; b < B; b++) {
                 const Chunk one = {chunk[4 * b], chunk[4 * b + 1], chunk[4 * b + 2], window, runs + 2 * chunk[4 * b + 3]};
                 for (int64_t t = 0; t < one.L; t += tokens) {

@@ -33,8 +33,9 @@ INLINE void swiglu(int M, const __m512 gate[TILE_ROWS], const __m512 up[TILE_ROW
     const __m512 one = _mm512_set1_ps(1.0f);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-        const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate[m]))));
-        store_bf16((bf16 *)(y + m * y_stride), _mm512_mul_ps(_mm512_mul_ps(gate[m], sigmoid), up[m]));
+        const __m512 less = exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate[m]));
+        const __m512 hidden = _mm512_div_ps(_mm512_mul_ps(gate[m], up[m]), _mm512_add_ps(one, less));
+        store_bf16((bf16 *)(y + m * y_stride), hidden);
     }
 }
 
@@ -64,9 +65,10 @@ static void gate_up_strips(Share *share, const bf16 *x, int64_t T, int64_t D, co
 
 void linear(const bf16 *x, int64_t x_stride, int64_t T, const bf16 *packed, int64_t O, int64_t I, bf16 *y,
             int64_t threads) {
+    int64_t given = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(total_cost(T, I, O / PANEL / 2));
+        Share share = share_of(total_cost(T, I, O / PANEL / 2), &given);
         linear_strips(&share, x, x_stride, T, I, packed, O, y);
     }
 }
@@ -74,18 +76,18 @@ void linear(const bf16 *x, int64_t x_stride, int64_t T, const bf16 *packed, int6
 // hidden has room for (N, F). gate_up and down: one address per expert.
 void experts(const bf16 *x, const int64_t *rows, int64_t E, const bf16 *const *gate_up, const bf16 *const *down,
              int64_t D, int64_t F, bf16 *hidden, bf16 *y, int64_t threads) {
-    int64_t up_total = 0, down_total = 0;
+    int64_t up_total = 0, down_total = 0, up_given = 0, down_given = 0;
     for (int64_t e = 0; e < E; e++) {
         up_total += total_cost(rows[e], D, F / PANEL);
         down_total += total_cost(rows[e], F, D / PANEL / 2);
     }
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        Share share = share_of(up_total);
+        Share share = share_of(up_total, &up_given);
         for (int64_t e = 0, first = 0; e < E; first += rows[e++])
             gate_up_strips(&share, x + first * D, rows[e], D, gate_up[e], F, hidden + first * F);
 #pragma omp barrier
-        share = share_of(down_total);
+        share = share_of(down_total, &down_given);
         for (int64_t e = 0, first = 0; e < E; first += rows[e++])
             linear_strips(&share, hidden + first * F, F, rows[e], F, down[e], D, y + first * D);
     }

@@ -30,20 +30,16 @@ INLINE __m512 rounded(__m512 x) { return widen(narrow(x)); }
 
 INLINE __m512bh load_pairs(const bf16 *from) { return (__m512bh)_mm512_loadu_si512(from); }
 
-// e to the x within 2 units of the last place: 2 to the whole part by exponent, the rest by a polynomial.
+// e to the x, a number, to 18 bits, which is more than bfloat16 keeps: 2 to the whole part by exponent, the rest by a
+// polynomial. 0 gives 1; what is too large or too small for a float becomes infinite or nothing.
 INLINE __m512 exp16(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.3f));
-    x = _mm512_min_ps(x, _mm512_set1_ps(88.3f));
-    __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
-    rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), rest);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.3981999507e-3f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(8.3334519073e-3f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(4.1665795894e-2f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.6666665459e-1f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.0000001201e-1f));
-    y = _mm512_fmadd_ps(y, _mm512_mul_ps(rest, rest), _mm512_add_ps(rest, _mm512_set1_ps(1.0f)));
+    const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), whole = _mm512_roundscale_ps(power, 0);
+    const __m512 rest = _mm512_sub_ps(power, whole);
+    __m512 y = _mm512_set1_ps(0.00958285f);
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.05590643f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.24024099f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.69312418f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(y, whole);
 }
 

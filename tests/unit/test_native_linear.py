@@ -88,6 +88,19 @@ class _Exact:
 
 
 @compiled
+def test_silu_is_right_to_the_last_bit_but_one_wherever_it_is_asked() -> None:
+    gate_N = torch.cat([torch.linspace(-100, 100, 801), torch.linspace(-1, 1, 1999).pow(5)]).bfloat16()
+    # What comes out is silu of the first input times the second.
+    gate_up_OD, down_DF = torch.zeros(32, 32), torch.zeros(32, 16)
+    gate_up_OD[0, 0] = gate_up_OD[16, 1] = down_DF[0, 0] = 1
+    x_ND = torch.zeros(len(gate_N), 32, dtype=torch.bfloat16)
+    x_ND[:, 0], x_ND[:, 1] = gate_N, 1
+    experts = NativeExperts([NativeLinear(gate_up_OD.bfloat16())], [NativeLinear(down_DF.bfloat16())])
+    expected_N = torch.nn.functional.silu(gate_N.double()).bfloat16()
+    torch.testing.assert_close(experts(x_ND, [len(x_ND)])[:, 0], expected_N, rtol=2**-8, atol=3e-37)
+
+
+@compiled
 def test_what_fits_no_panel_has_no_kernel() -> None:
     assert has_kernel(random(32, 2))
     assert not any(map(has_kernel, (random(48, 2), random(32, 3), random(32, 2).float(), random(32, 2).to("meta"))))
