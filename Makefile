@@ -23,6 +23,8 @@ test: $(READY)
 test-all: export MIXTRAL_TEST_ALL := 1
 test-all: test
 
+# Threads that wait for each other sleep: on cores with other work to do they would mostly burn it.
+tests-%: export OMP_WAIT_POLICY := passive
 tests-%: $(READY)
 	$(BIN)/pytest -q tests/$*
 
