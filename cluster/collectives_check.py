@@ -25,7 +25,8 @@ from torch import Tensor
 from cluster.all_to_all import SlotTables, exchange_for
 from cluster.messages import Exchange
 from cluster.placement import even_placement
-from cluster.process_group import Membership, Rendezvous, Transport, join, open_store
+from cluster.process_group import Membership, join, open_store
+from cluster.rendezvous import Rendezvous, Transport
 from model.comm import Comm, split_rows
 from model.graphs import Capture, CudaCapture
 

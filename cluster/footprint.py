@@ -15,7 +15,7 @@ from cluster.config import ParallelConfig
 from cluster.graph_ladder import graph_exchange, graph_sizes
 from model.comm import split_rows
 from model.config import MixtralConfig
-from model.quantization import Mode, stored_bytes
+from model.modes import Mode, stored_bytes
 from model.shard import Shard
 
 # Bytes that a matrix of so many rows and columns takes as it is kept.

@@ -10,7 +10,6 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine
-from cluster.in_process_group import InProcessGroup
 from cluster.memory import held_at_once
 from cluster.observer import FailureCause, Observer
 from cluster.placement import Placement, even_placement
@@ -50,6 +49,8 @@ async def launch_in_process(config: EngineConfig, observer: Observer | None = No
     """An engine whose only rank is this process. No ray."""
     if config.parallel.ranks > 1:
         raise ValueError(f"one process is one rank, not {config.parallel.ranks}; set parallel.tensor and data to 1")
+    from cluster.in_process_group import InProcessGroup  # computes here, so that torch comes along
+
     return await _launch(config, InProcessGroup, observer)
 
 

@@ -9,39 +9,22 @@ without a trace of the first. Prefixes keep apart the groups, and their successi
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 
 from cluster.errors import StepFailed
+from cluster.rendezvous import Rendezvous
 from cluster.transport.gloo import GlooComm
 from cluster.transport.nccl import NcclComm
 from cluster.transport.nccl_library import NcclError, load_nccl
 from cluster.transport.shared_memory import Layout, PeerLost, SharedMemoryComm, create_file
 from model.comm import Comm, Groups, SoloComm
 
-Transport = Literal["shared_memory", "gloo", "nccl"]
-
 LOOK_AGAIN_S = 0.005  # whether other ranks have come
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where all ranks meet. Filled by rank 0's store and the worker group."""
-
-    host: str  # the address rank 0's store listens at
-    port: int
-    size: int
-    tensor: int  # ranks in each tensor group
-    epoch: int = 0
-    transport: Transport = "gloo"
-    timeout_s: float = 60.0  # of every collective: longer than any step, shorter than a user's patience
-
-    def at(self, port: int) -> Rendezvous:
-        return replace(self, port=port)
 
 
 class Store(Protocol):

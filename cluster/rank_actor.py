@@ -2,6 +2,8 @@
 
 Plain Python: cluster/ray_rank.py makes a Ray actor of it. `load`, `open_store` and `join` run one at a time, `step` is
 called by two threads (step_line.py); everything below them is called beside them, from threads of its own.
+
+Whoever owns the ranks imports this file and computes nothing: what computes is imported when a rank is made.
 """
 
 from __future__ import annotations
@@ -10,17 +12,18 @@ import faulthandler
 import os
 import tempfile
 import threading
-
-import torch
+from typing import TYPE_CHECKING
 
 from cluster.config import EngineConfig
 from cluster.crash_bundle import MAX_STACKS, RankReport
 from cluster.messages import Grammar, StepPlan, StepResult, WorkerFacts
 from cluster.placement import Placement
-from cluster.process_group import Membership, Rendezvous, Store, Transport, join, open_store
+from cluster.rendezvous import Rendezvous, Transport
 from cluster.step_line import StepLine
-from cluster.worker import Worker
 from model.comm import alone
+
+if TYPE_CHECKING:
+    from cluster.process_group import Membership, Store
 
 COLLECTIVE_TIMEOUT_S = 3600.0  # longer than any step's deadline: what hangs is aborted from outside
 
@@ -29,12 +32,17 @@ class RankActor:
     """Made without a rank, so that a process can stand by until one is missing."""
 
     def __init__(self, config: EngineConfig) -> None:
+        import cluster.process_group
+        import cluster.worker  # noqa: F401 - all that is to come: a process that stands by shall have it
+
         self._config = config
         self._store: Store | None = None
         self._membership: Membership | None = None
         self._read = (0, 1)
 
     def load(self, rank: int, placement: Placement) -> WorkerFacts:
+        from cluster.worker import Worker
+
         self._rank = rank
         self._worker = Worker(rank, self._config, placement)
         self._line = StepLine(self._worker)
@@ -42,6 +50,8 @@ class RankActor:
 
     def open_store(self, own_address: str, size: int, epoch: int, transport: Transport) -> Rendezvous:
         """Rank 0 only: a meeting point for the group."""
+        from cluster.process_group import open_store
+
         tensor = self._config.parallel.tensor
         rendezvous = Rendezvous(own_address, 0, size, tensor, epoch, transport, COLLECTIVE_TIMEOUT_S)
         self._store = open_store(rendezvous)
@@ -49,6 +59,7 @@ class RankActor:
 
     def join(self, rendezvous: Rendezvous | None, own_address: str, num_pages: int, epoch: int) -> None:
         """Take a place in the group that steps of this epoch are for. No rendezvous: there is nobody else."""
+        from cluster.process_group import join
 
         def enter(leave: threading.Event) -> None:
             self._membership = None
@@ -88,7 +99,11 @@ class RankActor:
             stacks = file.read(MAX_STACKS).decode(errors="replace")
         with open("/proc/self/statm") as statm:
             resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        device = torch.cuda.memory_allocated() if self._config.device == "cuda" else 0
+        device = 0
+        if self._config.device == "cuda":
+            import torch
+
+            device = torch.cuda.memory_allocated()
         return RankReport(self._rank, stacks, resident, device)
 
     def fetch(self, placement: Placement) -> None:

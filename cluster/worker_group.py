@@ -22,12 +22,11 @@ from cluster.memory import page_budget
 from cluster.messages import Grammar, RankStatus, StepPlan, StepResult
 from cluster.observer import FailureCause
 from cluster.placement import Placement
-from cluster.process_group import Transport
 from cluster.ray_rank import Rank, bundles_of_ranks, create, ended, failed, results
 from cluster.ray_standby import Standbys
 from cluster.ray_step import RayStep
+from cluster.rendezvous import Transport, has_shared_memory
 from cluster.step_clock import StepClock
-from cluster.transport import shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +229,7 @@ class RayGroup:
         transport: Transport = "nccl" if self._config.device == "cuda" else "gloo"
         if len(set(addresses)) == 1:
             addresses = [LOOPBACK] * len(addresses)
-            if transport == "gloo" and shared_memory.supported():
+            if transport == "gloo" and has_shared_memory():
                 transport = "shared_memory"
         rendezvous = None
         if len(ranks) > 1:

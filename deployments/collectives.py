@@ -5,9 +5,7 @@ Prints each thing that was tried as it comes. The trying is cluster/collectives_
 
 from __future__ import annotations
 
-from cluster.collectives_check import check
-from cluster.process_group import Transport
-from cluster.transport import shared_memory
+from cluster.rendezvous import Transport, has_shared_memory
 
 CPU_RANKS = 2
 MAX_RANKS = 16
@@ -22,11 +20,13 @@ def examine_collectives(ranks: int | None) -> bool:
         return _try(ranks or gpus, ["nccl"], "cuda")
     if gpus:
         print(f"{ranks or 2} ranks need as many GPUs and there are {gpus}: tried on the CPU instead.")
-    transports: list[Transport] = ["shared_memory", "gloo"] if shared_memory.supported() else ["gloo"]
+    transports: list[Transport] = ["shared_memory", "gloo"] if has_shared_memory() else ["gloo"]
     return _try(ranks or CPU_RANKS, transports, "cpu")
 
 
 def _try(ranks: int, transports: list[Transport], device: str) -> bool:
+    from cluster.collectives_check import check
+
     well = True
     for transport in transports:
         for outcome in check(ranks, transport, device):

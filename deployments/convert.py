@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from deployments.rewriting import add_arguments, rewrite
-from model.convert import convert
 
 HELP = """\
 Write a checkpoint in the other layout: the same weights, bit for bit, under other names.
@@ -31,4 +30,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(options: argparse.Namespace) -> int:
+    from model.convert import convert
+
     return rewrite(options, lambda source, target, progress: convert(source, target, options.to, progress))

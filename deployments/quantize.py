@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from deployments.rewriting import add_arguments, rewrite
-from model.quantized_writer import quantize_checkpoint
 
 HELP = """\
 Write a checkpoint whose attention projections and experts have fewer bits. Router, norms, embedding and head stay.
@@ -31,6 +30,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(options: argparse.Namespace) -> int:
+    from model.quantized_writer import quantize_checkpoint
+
     return rewrite(
         options, lambda source, target, progress: quantize_checkpoint(source, target, options.mode, progress)
     )

@@ -31,7 +31,8 @@ from model.config import MixtralConfig
 from model.dialects import Matrix
 from model.errors import CheckpointError
 from model.layers import Linear, can_pack, make_linear
-from model.quantization import Mode, QuantizedWeight, below_each_other, group_size, quantize
+from model.modes import Mode, group_size
+from model.quantization import QuantizedWeight, below_each_other, quantize
 from model.quantized_linear import make_quantized_linear
 from model.quantized_slices import loading_mode
 from model.shard import Shard

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from model.errors import ConfigError
 from model.fields import Fields, read_json
-from model.quantized_config import read_quantization
-from model.quantized_files import QuantizedFormat
 from model.rope_parameters import RopeParameters, read_rope
 from model.shard import Shard
+
+if TYPE_CHECKING:
+    from model.quantized_files import QuantizedFormat
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -118,8 +119,13 @@ class MixtralConfig:
         fields.only("model_type", "mixtral")
         fields.only("is_encoder_decoder", False)
         fields.only("per_layer_config", {})
-        quantization = read_quantization(fields)
-        return replace(cls._read(fields), quantization=quantization)
+        table = fields.table("quantization_config")
+        config = cls._read(fields)
+        if not table:
+            return config
+        from model.quantized_config import read_quantization  # and torch with it, which takes a second
+
+        return replace(config, quantization=read_quantization(fields, table))
 
     @classmethod
     def from_params(cls, raw: Mapping[str, Any], source: str) -> MixtralConfig:

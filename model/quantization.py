@@ -24,15 +24,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Mode = Literal["int8", "int4", "nf4", "fp8"]
+from model.modes import Mode, group_size, weights_per_byte
 
-GROUP_SIZE = 64
 FP8_MAX = 448.0
 # Weights that are quantised at once: temporaries stay small beside the matrix, and in a core's cache. On a GPU each
 # launch should have more to do.
@@ -112,21 +110,6 @@ class QuantizedWeight:
         if self.mode == "fp8" and bool((self.packed_OP.view(torch.uint8) & 0x7F == 0x7F).any()):
             return False
         return bool(self.scale_OG.isfinite().all())
-
-
-def weights_per_byte(mode: Mode) -> int:
-    return 2 if mode in ("int4", "nf4") else 1
-
-
-def group_size(mode: Mode) -> int | None:
-    """Of the weights that are quantised here; None: a row has one scale."""
-    return GROUP_SIZE if mode in ("int4", "nf4") else None
-
-
-def stored_bytes(mode: Mode, height: int, width: int) -> int:
-    """Of a matrix that is quantised here."""
-    scales = width // (group_size(mode) or width)
-    return height * (width // weights_per_byte(mode) + scales * (4 if mode == "nf4" else 2))
 
 
 def below_each_other(parts: Iterable[QuantizedWeight], height: int) -> QuantizedWeight:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from model.errors import CheckpointError
 from model.fields import Fields, is_number, shown
-from model.quantization import GROUP_SIZE, NF4_LEVELS, Mode, QuantizedWeight
+from model.modes import GROUP_SIZE, Mode
+from model.quantization import NF4_LEVELS, QuantizedWeight
 from model.quantized_files import Expected, Slice, divided
 from model.tensor_files import TensorInfo
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from model.fields import Fields
-from model.quantization import Mode, QuantizedWeight
+from model.modes import Mode
+from model.quantization import QuantizedWeight
 from model.quantized_files import Expected, Slice, divided
 from model.tensor_files import FLOATS, TensorInfo
 

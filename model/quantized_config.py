@@ -5,20 +5,17 @@ Each format's fields: quantized_compressed.py, quantized_bitsandbytes.py.
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Any, assert_never
 
 from model.fields import Fields
-from model.quantization import GROUP_SIZE, Mode
+from model.modes import GROUP_SIZE, Mode
 from model.quantized_bitsandbytes import BitsAndBytes, read_bitsandbytes
 from model.quantized_compressed import FloatQuantized, PackQuantized, read_compressed_tensors
 from model.quantized_files import QuantizedFormat
 
 
-def read_quantization(fields: Fields) -> QuantizedFormat | None:
-    """None: weights are plain. What is not served is refused by name."""
-    table = fields.table("quantization_config")
-    if not table:
-        return None
+def read_quantization(fields: Fields, table: dict[str, Any]) -> QuantizedFormat:
+    """What is not served is refused by name."""
     config = fields.nested("quantization_config", table)
     method = config.choice("quant_method", None, ("compressed-tensors", "bitsandbytes"))
     if method is None:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.quantization import Mode, QuantizedWeight
+from model.modes import Mode
+from model.quantization import QuantizedWeight
 from model.tensor_files import TensorInfo
 
 

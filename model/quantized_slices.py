@@ -5,7 +5,7 @@ from __future__ import annotations
 from model.comm import split_rows
 from model.config import MixtralConfig
 from model.errors import ConfigError
-from model.quantization import Mode, group_size
+from model.modes import Mode, group_size
 from model.shard import Shard
 
 

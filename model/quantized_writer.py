@@ -20,8 +20,9 @@ from model.convert import config_json
 from model.dialects import EXPERT_PARTS, HUGGING_FACE, Matrix, Part, all_matrices, locate
 from model.errors import ConversionError
 from model.fields import read_json
+from model.modes import Mode
 from model.new_checkpoint import Planned, Progress, WeightFiles, copy_others, new_directory, write_json
-from model.quantization import Mode, QuantizedWeight, quantize
+from model.quantization import QuantizedWeight, quantize
 from model.quantized_config import format_for
 from model.quantized_slices import loading_mode
 from model.shard import Shard

@@ -25,7 +25,7 @@ from typing import Any, get_args
 import torch
 
 from model.config import MixtralConfig
-from model.quantization import Mode, weights_per_byte
+from model.modes import Mode, weights_per_byte
 
 CAPABILITY = 90
 EVERY_TILING = (1, 64, 128, 1024)  # tokens of a step

@@ -18,7 +18,7 @@ import torch
 
 from model.checkpoint import load_weights
 from model.config import load_config
-from model.quantization import Mode
+from model.modes import Mode
 from model.shard import Shard
 from model.weights import MixtralWeights
 

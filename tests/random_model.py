@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model.config import MixtralConfig
 from model.layers import Linear, PlainLinear
-from model.quantization import Mode, QuantizedWeight, quantize
+from model.modes import Mode
+from model.quantization import QuantizedWeight, quantize
 from model.quantized_linear import make_quantized_linear
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import platform
 import secrets
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +30,8 @@ from time import monotonic, sleep
 import torch
 from torch import Tensor
 
-DIRECTORY = "/dev/shm"  # noqa: S108 - memory, not disk; the file is exclusive, private and soon nameless
+from cluster.rendezvous import SHARED_DIRECTORY
+
 AREA_BYTES = 4 << 20  # a container's default /dev/shm is 64 MB; touched only as far as steps need
 WORD = 8
 PROGRESS, ABORTED, PROCESS, COUNTS = 0, 1, 2, 8  # words of a rank; COUNTS on a cache line of its own
@@ -45,10 +44,6 @@ LOOK_AROUND_S = 0.05  # how often a waiting rank asks whether its peers still li
 
 class PeerLost(ConnectionError):
     """A collective cannot be finished: a rank died, was aborted, or did not come in time."""
-
-
-def supported() -> bool:
-    return sys.platform == "linux" and platform.machine() == "x86_64" and os.path.isdir(DIRECTORY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +76,14 @@ class Layout:
 
 def create_file(layout: Layout) -> str:
     """A file only this user can open; its path. Rank 0 unlinks it once it is mapped."""
-    status = os.statvfs(DIRECTORY)
+    status = os.statvfs(SHARED_DIRECTORY)
     free = status.f_bavail * status.f_frsize
     if free < layout.total_bytes:  # a write for which there is no room would end the process without a word
         raise OSError(
-            f"{DIRECTORY} has {free >> 20} MiB free and {layout.size} ranks want {layout.total_bytes >> 20} MiB to "
-            "exchange rows: give it more, with docker run --shm-size or an emptyDir in memory"
+            f"{SHARED_DIRECTORY} has {free >> 20} MiB free and {layout.size} ranks want {layout.total_bytes >> 20} MiB "
+            "to exchange rows: give it more, with docker run --shm-size or an emptyDir in memory"
         )
-    path = f"{DIRECTORY}/mixtral-serve-{secrets.token_hex(16)}"
+    path = f"{SHARED_DIRECTORY}/mixtral-serve-{secrets.token_hex(16)}"
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         os.ftruncate(descriptor, layout.total_bytes)

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.quantization import NF4_LEVELS, Mode, QuantizedWeight
+from model.modes import Mode
+from model.quantization import NF4_LEVELS, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)

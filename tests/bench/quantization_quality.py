@@ -31,7 +31,7 @@ from model.demo.evaluation import LONGEST_ANSWER, held_out
 from model.exchange import OneRank
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from model.quantization import Mode
+from model.modes import Mode
 from model.shard import Shard
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ import torch
 from cluster.config import Dtype, EngineConfig, ParallelConfig
 from cluster.messages import Exchange, SamplingParams, SequenceChunk, SequenceStart, StepPlan, StepTimes
 from cluster.placement import even_placement
-from cluster.process_group import Transport
+from cluster.rendezvous import Transport
 from cluster.worker import Worker
 from model.comm import Groups
 from model.config import load_config

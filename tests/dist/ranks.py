@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from cluster.process_group import Rendezvous, Transport, join, open_store
+from cluster.process_group import join, open_store
+from cluster.rendezvous import Rendezvous, Transport
 
 LOOPBACK = "127.0.0.1"
 

@@ -19,8 +19,8 @@ import model.mixtral
 from cluster.config import EngineConfig, KVConfig, ParallelConfig, SchedulerConfig
 from cluster.messages import LAST_SAMPLED, SamplingParams, SequenceChunk, SequenceStart, StepPlan, StepResult
 from cluster.placement import even_placement
+from cluster.rendezvous import has_shared_memory
 from cluster.results import merge
-from cluster.transport import shared_memory
 from cluster.worker import Worker
 from model.comm import Groups, alone
 from model.config import MixtralConfig
@@ -30,7 +30,7 @@ from tests.tiny import write_checkpoint
 
 os.environ["TRITON_INTERPRET"] = "1"  # before it is imported
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
-pytestmark = pytest.mark.skipif(not shared_memory.supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 PROMPTS = ((5, 9, 17), (30, 8))
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, seed=0)

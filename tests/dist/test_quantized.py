@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ParallelConfig
-from model.quantization import Mode
+from model.modes import Mode
 from model.quantized_writer import quantize_checkpoint
 from tests.dist.runs import engine_config, record
 from tests.dist.test_topologies import EVERYTHING, FAST, check

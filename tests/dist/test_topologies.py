@@ -14,16 +14,15 @@ import torch
 
 from cluster.config import EngineConfig, ExchangeChoice, ParallelConfig
 from cluster.messages import Exchange, StepResult, TokenLogprob
-from cluster.process_group import Transport
+from cluster.rendezvous import Transport, has_shared_memory
 from cluster.results import merge
-from cluster.transport import shared_memory
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import Recorded, engine_config, moved, placement_for, record, replay, rows_of_experts
 from tests.tiny import write_checkpoint
 
 EVERYTHING = bool(os.environ.get("MIXTRAL_TEST_ALL"))
 SEED = 9
-TRANSPORTS: list[Transport] = ["gloo", *(["shared_memory"] if shared_memory.supported() else [])]  # type: ignore[list-item]
+TRANSPORTS: list[Transport] = ["gloo", *(["shared_memory"] if has_shared_memory() else [])]  # type: ignore[list-item]
 FAST = TRANSPORTS[-1]
 EXCHANGES: list[ExchangeChoice] = ["all_to_all", "all_reduce"]
 DEMO = "demo"

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.process_group import Transport
-from cluster.transport import shared_memory
+from cluster.rendezvous import Transport, has_shared_memory
 from model.comm import Comm, Groups, split_rows
 from tests.dist.ranks import run_ranks
 
 D = 5
-TRANSPORTS: list[Transport] = ["gloo", *(["shared_memory"] if shared_memory.supported() else [])]  # type: ignore[list-item]
+TRANSPORTS: list[Transport] = ["gloo", *(["shared_memory"] if has_shared_memory() else [])]  # type: ignore[list-item]
 
 
 def rank_rows(rank: int, rows: int) -> Tensor:

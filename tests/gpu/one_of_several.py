@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from cluster.collectives_check import LOOPBACK, MODES, _RankChecks
-from cluster.process_group import Rendezvous, Transport
+from cluster.rendezvous import Rendezvous, Transport
 
 ABORT_AFTER_S = 5.0
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from model import moe
 from model.exchange import OneRank, sort_by_expert
 from model.layers import PlainLinear, rms_norm
+from model.modes import Mode
 from model.moe import reference_experts, route
-from model.quantization import FP8_MAX, Mode, quantize
+from model.quantization import FP8_MAX, quantize
 from model.rotary import rotate
 from model.varlen_attention import Chunks, VarlenAttention, masked_attention, varlen_attention_for
 from model.weights import ExpertWeights

@@ -11,7 +11,7 @@ import transformers
 
 from model.checkpoint import load_weights
 from model.config import load_config
-from model.quantization import Mode
+from model.modes import Mode
 from model.quantized_writer import quantize_checkpoint
 from model.shard import Shard
 from model.weights import MixtralWeights

@@ -16,7 +16,7 @@ from model.exchange import OneRank
 from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
-from model.quantization import Mode
+from model.modes import Mode
 from model.shard import Shard
 from tests.paged_texts import PAGE, PagedTexts
 from tests.random_model import RandomModel

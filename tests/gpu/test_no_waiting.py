@@ -13,7 +13,7 @@ from model.exchange import OneRank, SlotLoad
 from model.kv_cache import KVCache
 from model.logit_rules import History, LogitRules, apply_rules
 from model.mixtral import Mixtral
-from model.quantization import Mode
+from model.modes import Mode
 from model.sampler import SamplingRow, sample
 from model.shard import Shard
 from tests.gpu.test_model import CONFIG, PAGES

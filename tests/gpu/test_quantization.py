@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.quantization import Mode, quantize
+from model.modes import Mode
+from model.quantization import quantize
 from model.quantized_linear import Fp8Linear, QuantizedLinear, make_quantized_linear
 
 O, I = 6144, 4096  # noqa: E741

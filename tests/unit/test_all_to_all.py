@@ -13,12 +13,12 @@ from torch import Tensor
 from cluster.all_to_all import AllToAll, SlotTables, exchange_for
 from cluster.messages import Exchange
 from cluster.placement import Placement, even_placement
-from cluster.transport.shared_memory import supported
+from cluster.rendezvous import has_shared_memory
 from model.comm import Groups, split_rows
 from model.exchange import OneRank, SlotLoad
 from tests.threaded_ranks import on_groups
 
-pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 D = 6
 CPU = torch.device("cpu")

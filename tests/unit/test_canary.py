@@ -13,14 +13,14 @@ from cluster.config import EngineConfig, ParallelConfig
 from cluster.errors import StepFailed
 from cluster.messages import Exchange, StepPlan
 from cluster.placement import Placement, even_placement
-from cluster.transport.shared_memory import supported
+from cluster.rendezvous import has_shared_memory
 from cluster.worker import Worker
 from model.comm import Groups, alone
 from model.layers import make_linear
 from tests.threaded_ranks import on_groups
 from tests.tiny import write_checkpoint
 
-pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 E = 4
 

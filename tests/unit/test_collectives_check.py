@@ -8,12 +8,13 @@ from torch import Tensor
 
 from cluster.collectives_check import _RankChecks
 from cluster.process_group import Membership
-from cluster.transport.shared_memory import SharedMemoryComm, supported
+from cluster.rendezvous import has_shared_memory
+from cluster.transport.shared_memory import SharedMemoryComm
 from model.comm import Comm, Groups
 from tests.recomputed import Recomputed
 from tests.threaded_ranks import on_ranks
 
-pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 
 def checks(comm: Comm) -> _RankChecks:

@@ -10,7 +10,8 @@ import torch
 from model.config import MixtralConfig
 from model.expert_stack import put_together, stack_linears, together
 from model.layers import PlainLinear, make_linear
-from model.quantization import Mode, quantize
+from model.modes import Mode
+from model.quantization import quantize
 from model.quantized_linear import QuantizedLinear
 from tests.random_model import RandomModel
 from tests.tiny import CONFIG

@@ -57,6 +57,8 @@ WITHOUT_TORCH = {
     "cluster/sequence.py",
     "cluster/waiting.py",
 }
+# The command line answers, and a replica starts, without what takes a second and 200 MB to import. A rank needs it.
+START_WITHOUT_TORCH = ("deployments/cli.py", "deployments/ingress.py")
 # Imported where used, so that everything imports everywhere.
 INSIDE_FUNCTIONS = {"ray", "triton", "flash_attn", "model.kernels"}
 
@@ -93,6 +95,21 @@ def test_a_file_imports_only_what_its_package_may(path: Path) -> None:
     if path.parts[0] != "deployments" and path.parent != Path("model/kernels"):
         for module in imports(path, top_level_only=True):
             assert not uses(module, INSIDE_FUNCTIONS), f"{where} imports {module} at the top"
+
+
+@pytest.mark.parametrize("start", START_WITHOUT_TORCH)
+def test_who_only_asks_ranks_does_not_import_torch(start: str) -> None:
+    seen: set[Path] = set()
+    waiting = [(start,)]
+    while waiting:
+        way = waiting.pop()
+        for module in imports(Path(way[-1]), top_level_only=True):
+            assert not uses(module, {"torch"}), " imports ".join([*way, module])
+            path = Path(*module.split(".")).with_suffix(".py")
+            if path in FILES and path not in seen:
+                seen.add(path)
+                waiting.append((*way, str(path)))
+    assert Path("cluster/ray_rank.py") in seen or start == "deployments/cli.py"
 
 
 def test_init_files_are_empty() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model.exchange import sort_by_expert
 from model.layers import PlainLinear
+from model.modes import Mode
 from model.moe import reference_experts
-from model.quantization import Mode, quantize
+from model.quantization import quantize
 from model.weights import ExpertWeights
 
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")

@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from model.quantization import Mode, QuantizedWeight, quantize
+from model.modes import Mode
+from model.quantization import QuantizedWeight, quantize
 
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 

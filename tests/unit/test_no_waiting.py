@@ -24,7 +24,8 @@ from model.kv_cache import KVCache
 from model.layers import PlainLinear
 from model.logit_rules import History, LogitRules, apply_rules
 from model.mixtral import Mixtral
-from model.quantization import Mode, QuantizedWeight
+from model.modes import Mode
+from model.quantization import QuantizedWeight
 from model.quantized_linear import KernelLinear, QuantizedLinear
 from model.sampler import SamplingRow, sample
 from model.shard import Shard

@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster.all_to_all import SlotTables
 from cluster.padded_exchange import PaddedExchange
 from cluster.placement import Placement, even_placement
-from cluster.transport.shared_memory import supported
+from cluster.rendezvous import has_shared_memory
 from model.comm import Comm, Groups
 from model.config import MixtralConfig
 from model.device_exchange import Listed
@@ -38,7 +38,7 @@ pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 from model.kernels import routing
 from model.triton_backend import TritonBackend
 
-pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 CPU = torch.device("cpu")
 D, K, ROWS = 6, 2, 4

@@ -13,15 +13,16 @@ from torch.distributed import PrefixStore
 
 from cluster import process_group
 from cluster.errors import StepFailed
-from cluster.process_group import Membership, Rendezvous, Transport, join, open_store
+from cluster.process_group import Membership, join, open_store
+from cluster.rendezvous import Rendezvous, Transport, has_shared_memory
 from cluster.transport.nccl import NcclComm
 from cluster.transport.nccl_library import NcclError, NcclLibrary
-from cluster.transport.shared_memory import PeerLost, SharedMemoryComm, supported
+from cluster.transport.shared_memory import PeerLost, SharedMemoryComm
 from model.comm import Groups
 from tests.nccl_ranks import can_compile, fake_nccl
 from tests.threaded_ranks import on_groups
 
-pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 
 def test_one_abort_ends_what_waits_in_either_group() -> None:

@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from model import quantization
-from model.quantization import (
-    GROUP_SIZE,
-    NF4_LEVELS,
-    Mode,
-    QuantizedWeight,
-    below_each_other,
-    fp8_values,
-    quantize,
-    stored_bytes,
-)
+from model.modes import GROUP_SIZE, Mode, stored_bytes
+from model.quantization import NF4_LEVELS, QuantizedWeight, below_each_other, fp8_values, quantize
 
 MODES: tuple[Mode, ...] = ("int8", "int4", "nf4", "fp8")
 # Relative error of normal weights, as the number of levels lets expect.

@@ -14,7 +14,7 @@ from deployments.cli import main
 from deployments.layout import Machine
 from deployments.resolve import resolve
 from deployments.settings import SettingsError, load
-from model.quantization import Mode
+from model.modes import Mode
 from model.quantized_config import format_for
 from model.quantized_writer import quantize_checkpoint
 from tests.quantized_checkpoints import SIZES

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from model import quantized_linear
-from model.quantization import Mode, QuantizedWeight, quantize
+from model.modes import Mode
+from model.quantization import QuantizedWeight, quantize
 from model.quantized_linear import (
     KERNEL_ROWS,
     Fp8Linear,

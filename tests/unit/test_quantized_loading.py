@@ -16,7 +16,8 @@ from torch import Tensor
 from model.checkpoint import load_experts, load_weights
 from model.config import load_config
 from model.errors import CheckpointError, ConfigError
-from model.quantization import Mode, quantize
+from model.modes import Mode
+from model.quantization import quantize
 from model.quantized_linear import QuantizedLinear
 from model.quantized_writer import quantize_checkpoint
 from model.shard import Shard

@@ -17,7 +17,7 @@ from model.checkpoint import load_weights
 from model.config import load_config
 from model.convert import convert
 from model.errors import ConfigError, ConversionError
-from model.quantization import Mode
+from model.modes import Mode
 from model.quantized_config import format_for
 from model.quantized_writer import quantize_checkpoint
 from model.shard import Shard

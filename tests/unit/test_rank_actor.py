@@ -94,7 +94,7 @@ def test_a_rank_that_waits_for_others_to_join_is_called_back(actor: RankActor, m
         assert leave.wait(WAIT_S)
         raise ConnectionError("nobody came")
 
-    monkeypatch.setattr("cluster.rank_actor.join", join_in_vain)
+    monkeypatch.setattr("cluster.process_group.join", join_in_vain)
     rendezvous = actor.open_store("127.0.0.1", 2, 1, "gloo")
     with ThreadPoolExecutor(1) as caller:
         joining = caller.submit(actor.join, rendezvous, "127.0.0.1", 8, 1)

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.transport.shared_memory import DIRECTORY, Layout, PeerLost, SharedMemoryComm, create_file, supported
+from cluster.rendezvous import SHARED_DIRECTORY, has_shared_memory
+from cluster.transport.shared_memory import Layout, PeerLost, SharedMemoryComm, create_file
 from tests.threaded_ranks import on_ranks
 
-pytestmark = pytest.mark.skipif(not supported(), reason="shared memory transport is for x86-64 Linux")
+pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -80,7 +81,7 @@ def test_counts_that_disagree_are_our_mistake() -> None:
 def test_the_file_is_private() -> None:
     path = create_file(Layout(2, 4096))
     try:
-        assert path.startswith(DIRECTORY)
+        assert path.startswith(SHARED_DIRECTORY)
         assert os.stat(path).st_mode & 0o777 == 0o600
     finally:
         os.unlink(path)

@@ -14,8 +14,8 @@ from model.cpu_backend import CpuBackend
 from model.exchange import OneRank
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
+from model.modes import Mode
 from model.moe import Routing
-from model.quantization import Mode
 from model.shard import Shard
 from tests.paged_texts import PAGE, PagedTexts
 from tests.random_model import RandomModel
