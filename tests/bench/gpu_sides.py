@@ -1,11 +1,12 @@
-"""What the GPU bench measures: our model, transformers' beside it, and the machine under both.
+"""What the GPU bench measures: our model, transformers' beside it on the same weights, and the machine under both.
 
-B: texts.  L: tokens of a prompt.  C: head_dim.
+B: texts.  L: tokens of a prompt.  D: model width.  E: experts.  F: ffn width.  G: key-value heads.  C: head_dim.
+V: vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -19,17 +20,21 @@ from model.batch import Batch, SequenceSpan
 from model.config import MixtralConfig
 from model.device_exchange import padded_alone
 from model.exchange import OneRank
+from model.expert_stack import together
 from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
+from model.modes import Mode
 from model.moe import Routing
-from model.quantization import Mode
 from model.shard import Shard
-from tests.random_model import RandomModel
+from model.weights import MixtralWeights
 
 DTYPE = torch.bfloat16
 # Bits that a weight of a block takes, its share of scales included; embedding, head and routers keep 16.
 BITS: dict[Mode | None, float] = {None: 16, "fp8": 8, "int8": 8, "int4": 4.25, "nf4": 4.5}
+WITHIN_S = 4.0
+
+Ways = dict[str, Callable[[], object]]  # of transformers with experts, by name
 
 
 def synchronize(device: torch.device) -> None:
@@ -38,9 +43,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(work: Callable[[], object], device: torch.device, turns: int) -> float:
-    """Median seconds; the first turn is thrown away."""
-    seconds = []
-    for _ in range(turns + 1):
+    """Median seconds of so many turns, or of as many as end within a few seconds; the first is thrown away."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) <= turns and sum(seconds) < WITHIN_S):
         synchronize(device)
         start = perf_counter()
         work()
@@ -68,8 +73,8 @@ class Machine:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
             return cls(bandwidth, speed, speed)
         code_NN, scale_N1 = x_NN.to(torch.float8_e4m3fn), torch.ones(N, 1, device=device)
-        scales = {"scale_a": scale_N1, "scale_b": scale_N1.T.contiguous(), "out_dtype": DTYPE}
-        product = partial(torch._scaled_mm, code_NN, code_NN.T, **scales)
+        scale_1N = scale_N1.T.contiguous()
+        product = partial(torch._scaled_mm, code_NN, code_NN.T, scale_a=scale_N1, scale_b=scale_1N, out_dtype=DTYPE)
         return cls(bandwidth, speed, 2 * N**3 / timed(product, device, 20))
 
 
@@ -128,13 +133,13 @@ class Geometry:
 
 
 class Ours:
-    """Random weights made on the device. Contexts are random keys and values: nothing is computed to fill them."""
+    """Contexts are random keys and values: nothing is computed to fill them."""
 
     def __init__(
         self,
         config: MixtralConfig,
         device: torch.device,
-        mode: Mode | None,
+        weights: MixtralWeights,
         *,
         max_batch: int,
         room: int,
@@ -142,8 +147,6 @@ class Ours:
     ) -> None:
         """`room`: tokens that each of max_batch texts may have; one text alone may have all of it."""
         self._config, self._device, self._page_size = config, device, page_size
-        weights = RandomModel(config, device, DTYPE, mode=mode).weights()
-        self.weight_bytes = weights.nbytes
         self.model = Mixtral(config, weights)
         self._pages = -(-room // page_size)
         self._kv = KVCache(
@@ -156,13 +159,15 @@ class Ours:
         self._max_batch = max_batch
         self._graphs: DecodeGraphs | None = None
 
-    def capture(self, sizes: Sequence[int]) -> None:
-        """Decode steps of these sizes are replayed from now on, where the device has graphs."""
-        if self._device.type == "cuda":
-            steps = PaddedSteps(self._kv, self._max_batch, padded_alone(self._exchange))
-            self._graphs = self.model.decode_graphs(steps)
-            for size in sorted(sizes, reverse=True):
-                self._graphs.capture(size)
+    def capture(self, sizes: Sequence[int]) -> bool:
+        """Decode steps of these sizes are replayed from now on, where the device has graphs; whether it has."""
+        if self._device.type != "cuda":
+            return False
+        graphs = self.model.decode_graphs(PaddedSteps(self._kv, self._max_batch, padded_alone(self._exchange)))
+        for size in sorted(sizes, reverse=True):
+            graphs.capture(size)
+        self._graphs = graphs
+        return True
 
     def step(self, batch: Batch) -> list[int]:
         """As a server does it: the next token of each text, known to the host."""
@@ -180,6 +185,10 @@ class Ours:
     def prefill_batch(self, length: int) -> Batch:
         return self._batch([(0, length, length)])
 
+    def logits(self, length: int) -> Tensor:
+        """Of the token that follows a prompt, (V,)."""
+        return self.model.logits(self.model.forward(self.prefill_batch(length), self._kv, self._exchange))[0]
+
     def experts_touched(self, batch: Batch) -> int:
         routings: list[Routing] = []
         self.model.forward(batch, self._kv, self._exchange, routings)
@@ -193,49 +202,88 @@ class Ours:
             position = range(context - length, context)
             positions += position
             slots += [text * self._pages * size + p for p in position]
-            ids += [(text * 7919 + p) % self._config.vocab_size for p in position]
+            ids += [(text * 7919 + p) % self._config.vocab_size for p in position]  # the first text's as prompt_ids()
         rows = [span.row + span.length - 1 for span in spans]
         tensors = [torch.tensor(values, device=self._device) for values in (ids, positions, slots)]
         return Batch(*tensors, tuple(spans), torch.tensor(rows, device=self._device))
 
 
 class Theirs:
-    """transformers in the same process with the same geometry, and the fastest of its implementations of experts."""
+    """transformers' model around our weights, computed by the fastest of its ways with experts."""
 
-    def __init__(self, config: MixtralConfig, device: torch.device) -> None:
+    def __init__(self, config: MixtralConfig, device: torch.device, weights: MixtralWeights) -> None:
         names = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+            "rms_norm_eps",
         )  # fmt: skip
-        settings = transformers.MixtralConfig(**{name: getattr(config, name) for name in names})
-        with torch.device(device):
+        rope = {"rope_type": "default", "rope_theta": config.rope_parameters.rope_theta}
+        settings = transformers.MixtralConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope)
+        with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(settings, dtype=DTYPE, attn_implementation="sdpa")
+        model.load_state_dict(dict(named(weights, config)), assign=True)
+        model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)  # no weight, so not among them
         self._model = model.eval()
         self._config, self._device = config, device
 
+    def prefill_ways(self, length: int) -> Ways:
+        return {name: partial(self._prefill, name, length) for name in ("grouped_mm", "eager")}
+
+    def decode_ways(self, batch: int, context: int) -> Ways:
+        """Of one step of so many texts with random contexts, each turn the same."""
+        # batched_mm copies the weights of every row's experts: not worth trying for many.
+        names = ("grouped_mm", "eager", *(["batched_mm"] if batch == 1 else []))
+        cache = self._cache(batch, context)
+        tokens_B1 = torch.randint(self._config.vocab_size, (batch, 1), device=self._device)
+        return {name: partial(self._decode, name, tokens_B1, cache) for name in names}
+
+    def logits(self, length: int) -> Tensor:
+        return self._prefill("grouped_mm", length)[0, -1].float()
+
     @torch.inference_mode()
-    def prefill(self, tokens_BL: Tensor) -> transformers.DynamicCache:
+    def _prefill(self, name: str, length: int) -> Tensor:
+        self._model.set_experts_implementation(name)
+        tokens_1L = torch.tensor([prompt_ids(self._config, length)], device=self._device)
         cache = transformers.DynamicCache(config=self._model.config)
-        self._model(tokens_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits_11V: Tensor = self._model(tokens_1L, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits_11V
+
+    @torch.inference_mode()
+    def _decode(self, name: str, tokens_B1: Tensor, cache: transformers.DynamicCache) -> list[int]:
+        self._model.set_experts_implementation(name)
+        found = self._model(tokens_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-1)  # what this step has added
+        ids: list[int] = found.logits[:, -1].argmax(-1).tolist()
+        return ids
+
+    @torch.inference_mode()
+    def _cache(self, batch: int, context: int) -> transformers.DynamicCache:
+        cache = transformers.DynamicCache(config=self._model.config)
+        shape = batch, self._config.num_key_value_heads, context, self._config.head_dim
+        for layer in range(self._config.num_hidden_layers):
+            key, value = (torch.randn(shape, device=self._device, dtype=DTYPE) for _ in range(2))
+            cache.update(key, value, layer)
         return cache
 
-    def prefill_seconds(self, length: int, turns: int) -> dict[str, float]:
-        tokens_1L = torch.randint(self._config.vocab_size, (1, length), device=self._device)
-        seconds = {}
-        for name in ("grouped_mm", "eager"):
-            self._model.set_experts_implementation(name)
-            seconds[name] = timed(partial(self.prefill, tokens_1L), self._device, turns)
-        return seconds
 
-    @torch.inference_mode()
-    def decode_seconds(self, batch: int, context: int, turns: int) -> dict[str, float]:
-        tokens_BL = torch.randint(self._config.vocab_size, (batch, context), device=self._device)
-        seconds = {}
-        # batched_mm copies the weights of every row's experts: not worth trying for many.
-        for name in ("grouped_mm", "eager", *(["batched_mm"] if batch == 1 else [])):
-            self._model.set_experts_implementation("grouped_mm")
-            cache = self.prefill(tokens_BL)
-            self._model.set_experts_implementation(name)
-            step = partial(self._model, tokens_BL[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            seconds[name] = timed(lambda step=step: step().logits.argmax(-1).tolist(), self._device, turns)
-        return seconds
+def prompt_ids(config: MixtralConfig, length: int) -> list[int]:
+    return [position % config.vocab_size for position in range(length)]
+
+
+def named(weights: MixtralWeights, config: MixtralConfig) -> Iterator[tuple[str, Tensor]]:
+    """As transformers calls them: the same memory, seen in its shapes."""
+    queries, keys = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
+    assert weights.head is not None
+    yield "model.embed_tokens.weight", weights.embedding_VD
+    yield "model.norm.weight", weights.norm_D
+    yield "lm_head.weight", weights.head.weight_OI
+    for layer, block in enumerate(weights.blocks):
+        prefix = f"model.layers.{layer}."
+        for name, part in zip("qkv", torch.split(block.qkv.weight_OI, [queries, keys, keys]), strict=True):
+            yield f"{prefix}self_attn.{name}_proj.weight", part
+        yield f"{prefix}self_attn.o_proj.weight", block.output.weight_OI
+        yield f"{prefix}input_layernorm.weight", block.attention_norm_D
+        yield f"{prefix}post_attention_layernorm.weight", block.moe_norm_D
+        yield f"{prefix}mlp.gate.weight", block.router_ED
+        yield f"{prefix}mlp.experts.gate_up_proj", together([expert.gate_up.weight_OI for expert in block.experts])
+        yield f"{prefix}mlp.experts.down_proj", together([expert.down.weight_OI for expert in block.experts])
