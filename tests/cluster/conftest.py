@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from deployments.local_ray import OBJECT_STORE_BYTES
+from tests.e2e.server import ENVIRONMENT
 
-ENVIRONMENT = {
-    "RAY_worker_niceness": "0",  # Ray's own is 15: whatever else is tested at the time would starve the ranks
+METRICS = {
     "RAY_metrics_report_interval_ms": "2000",  # for Prometheus; every 10 s otherwise
     "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": "1",  # of deployments and replicas; likewise
 }
@@ -20,7 +20,7 @@ ENVIRONMENT = {
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
+        for name, value in (ENVIRONMENT | METRICS).items():
             patch.setenv(name, value)
         ray.init(
             address="local",

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
 
-import httpx
 import ray
 import uvicorn
 
@@ -22,7 +21,7 @@ from deployments.api import create_app
 from deployments.live import Live
 from deployments.resolve import Machine, resolve
 from deployments.settings import load
-from tests.e2e.server import free_port
+from tests.e2e.server import answers, free_port
 from tests.notes import Notes
 
 START_TIMEOUT_S = 120
@@ -38,7 +37,7 @@ class Served:
         self._server: uvicorn.Server | None = None
         self._thread = threading.Thread(target=self._run, name="http")
         self._thread.start()
-        eventually(lambda: self._failure is not None or self._answers(), "the server answers", START_TIMEOUT_S)
+        eventually(lambda: self._failure or answers(f"{self.url}/health"), "the server answers", START_TIMEOUT_S)
         if self._failure is not None:
             raise self._failure
 
@@ -68,12 +67,6 @@ class Served:
         if self._server is not None:
             self._server.should_exit = True
         self._thread.join()
-
-    def _answers(self) -> bool:
-        try:
-            return self._server is not None and httpx.get(f"{self.url}/health", timeout=10).status_code == 200
-        except httpx.TransportError:
-            return False
 
     def _run(self) -> None:
         try:
