@@ -5,7 +5,6 @@
     cuda    model/triton_backend.py    the kernels of model/kernels, flash attention for prompts, grouped products
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.  K: experts per token.
-H, G: this rank's query and key-value heads.  C: head_dim.
 """
 
 from __future__ import annotations
@@ -22,17 +21,8 @@ from model.exchange import Dispatched, Exchange
 from model.graphs import DecodeGraphs, PaddedSteps, Run
 from model.kv_cache import KVCache
 from model.moe import Routing
+from model.step_attention import StepAttention
 from model.weights import ExpertWeights
-
-
-class StepAttention(Protocol):
-    """Attention of one step, planned once for all layers."""
-
-    def __call__(self, layer: int, heads_THC: Tensor) -> Tensor:
-        """From query, key and value heads side by side, (T, H + 2G, C), to (T, H, C).
-
-        Turns them by their positions and writes keys and values to their pages first.
-        """
 
 
 class Experts(Protocol):

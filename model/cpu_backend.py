@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.attention import paged_attention
 from model.attention_plan import Planner
-from model.backend import Experts, StepAttention
+from model.backend import Experts
 from model.batch import Batch
 from model.config import MixtralConfig
 from model.exchange import Dispatched, Exchange
@@ -23,6 +23,7 @@ from model.kv_cache import KVCache
 from model.layers import rms_norm
 from model.moe import Routing, route, run_experts
 from model.rotary import Rotary, rotate
+from model.step_attention import StepAttention
 from model.weights import ExpertWeights
 
 
@@ -59,7 +60,7 @@ class CpuBackend:
         return route(x_SD, router_ED, self._config.num_experts_per_tok)
 
 
-class CpuAttention:
+class CpuAttention(StepAttention):
     def __init__(self, planner: Planner, batch: Batch, kv: KVCache, angles: tuple[Tensor, Tensor]) -> None:
         self._plan = planner.plan(batch.spans)
         self._slot_T = batch.slot_T

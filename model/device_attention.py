@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model.batch import SequenceSpan
 from model.kv_cache import KVCache
+from model.step_attention import StepAttention
 from model.to_device import to_device
 from model.varlen_attention import Chunks, VarlenAttention
 
@@ -87,7 +88,7 @@ class PageReader(Protocol):
         """Of the plan's prompts, of which there are some."""
 
 
-class DeviceAttention:
+class DeviceAttention(StepAttention):
     def __init__(
         self, num_decodes: int, reader: PageReader, kv: KVCache, angles: tuple[Tensor, Tensor], slot_T: Tensor
     ) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,8 @@ from model.batch import Batch
 from model.device_attention import DevicePlan, int32, page_table
 from model.exchange import Exchange
 from model.kv_cache import KVCache
+from model.step_attention import StepAttention
 from model.to_device import to_device
-
-if TYPE_CHECKING:
-    from model.backend import StepAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class PaddedSteps:
 
 
 # Token ids, their attention and the exchange of the step -> final hidden states.
-Run = Callable[[Tensor, "StepAttention", Exchange], Tensor]
+Run = Callable[[Tensor, StepAttention, Exchange], Tensor]
 
 
 class Capture(Protocol):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.backend import Backend, Experts, StepAttention, backend_for
+from model.backend import Backend, Experts, backend_for
 from model.batch import Batch
 from model.comm import Comm, SoloComm, split_rows
 from model.config import MixtralConfig
@@ -26,6 +26,7 @@ from model.graphs import DecodeGraphs, PaddedSteps
 from model.kv_cache import KVCache
 from model.moe import Routing
 from model.stages import Stages
+from model.step_attention import StepAttention, heads_of
 from model.weights import BlockWeights, MixtralWeights
 
 
@@ -204,8 +205,8 @@ class Block:
 
     def _attention(self, normed_TD: Tensor, step: Step, wanted: Tensor | None) -> Tensor:
         weights, C = self._weights, self._head_dim
-        heads_THC = weights.qkv(normed_TD).view(len(normed_TD), weights.qkv.out_features // C, C)
-        out_THC = step.attention(self._layer, heads_THC)
-        if wanted is not None:
-            out_THC = out_THC.index_select(0, wanted)
+        if wanted is None:
+            out_THC = step.attention(self._layer, heads_of(weights.qkv, normed_TD, C))
+        else:
+            out_THC = step.attention.of_wanted(self._layer, normed_TD, weights.qkv, C, wanted)
         return weights.output(out_THC.view(-1, weights.output.in_features))

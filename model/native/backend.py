@@ -3,11 +3,12 @@
 What they have no form for stays as cpu_backend.py does it: quantised experts.
 
 T: rows of the step.  S: this rank's share of them.  D: model width.  E: experts.  K: experts per token.
-H, G: query and key-value heads.  C: head_dim.
+R: rows whose hidden states are wanted.  N: rows that attend.  H, G: query and key-value heads.  C: head_dim.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor
 
 from model.attention_plan import in_sight
 from model.backend import Experts
-from model.batch import Batch
+from model.batch import Batch, SequenceSpan
 from model.config import MixtralConfig
 from model.cpu_backend import CpuBackend
 from model.exchange import Dispatched, Exchange, OneRank
 from model.kv_cache import KVCache
+from model.layers import Linear
 from model.moe import Routing
 from model.native import attention, rows
 from model.native.attention import Chunks, Rows
 from model.native.library import has_kernels
 from model.native.linear import NativeExperts, NativeLinear
+from model.step_attention import StepAttention, heads_of
 from model.weights import ExpertWeights
 
 
@@ -39,7 +42,7 @@ class NativeBackend(CpuBackend):
 
     def attention(self, batch: Batch, kv: KVCache) -> NativeAttention:
         angles = self._rotary.angles(batch.position_T, self._dtype)
-        return NativeAttention(batch, kv, angles, self._config.sliding_window)
+        return NativeAttention(batch.spans, batch.slot_T, kv, angles, self._config.sliding_window)
 
     def experts(self, experts: Sequence[ExpertWeights]) -> Experts:
         gate_up = [expert.gate_up for expert in experts if isinstance(expert.gate_up, NativeLinear)]
@@ -58,20 +61,29 @@ class NativeBackend(CpuBackend):
         return Routing(*rows.route(x_SD, router_ED, self._config.num_experts_per_tok))
 
 
-class NativeAttention:
-    def __init__(self, batch: Batch, kv: KVCache, angles: tuple[Tensor, Tensor], window: int | None) -> None:
+class NativeAttention(StepAttention):
+    def __init__(
+        self,
+        spans: Sequence[SequenceSpan],
+        slot_T: Tensor,
+        kv: KVCache,
+        angles: tuple[Tensor, Tensor],
+        window: int | None,
+    ) -> None:
         size = kv.page_size
-        single = [span for span in batch.spans if span.length == 1]
-        chunks = [span for span in batch.spans if span.length > 1]
+        single = [span for span in spans if span.length == 1]
+        chunks = [span for span in spans if span.length > 1]
         self._rows = self._chunks = None
         if single:
             self._rows = Rows.of([span.row for span in single], [in_sight(span, window, size) for span in single])
         if chunks:
             rows = [range(span.row, span.row + span.length) for span in chunks]
             self._chunks = Chunks.of(rows, [in_sight(span, window, size) for span in chunks], window)
-        self._slot_T = batch.slot_T
+        self._spans = spans
+        self._slot_T = slot_T
         self._kv = kv
         self._angles = angles
+        self._window = window
 
     def __call__(self, layer: int, heads_THC: Tensor) -> Tensor:
         memory = self._kv.layer(layer)
@@ -83,6 +95,38 @@ class NativeAttention:
         if self._chunks is not None:
             attention.attend_chunks(heads_THC, memory, self._chunks, out_THC)
         return out_THC
+
+    def of_wanted(self, layer: int, normed_TD: Tensor, qkv: Linear, head_dim: int, wanted_R: Tensor) -> Tensor:
+        spans, rows = narrowed(self._spans, wanted_R.tolist())
+        if not isinstance(qkv, NativeLinear) or len(rows) == len(normed_TD):
+            return super().of_wanted(layer, normed_TD, qkv, head_dim, wanted_R)
+        memory, row_N = self._kv.layer(layer), torch.tensor(rows, dtype=torch.int64)
+        key_values = 2 * memory[0].shape[1]
+        heads = qkv.from_feature(qkv.out_features - key_values * head_dim, normed_TD)
+        attention.turn_and_store(heads.view(-1, key_values, head_dim), self._angles, self._slot_T, memory)
+        cos_N1C, sin_N1C = (angle.index_select(0, row_N) for angle in self._angles)
+        some = NativeAttention(spans, self._slot_T.index_select(0, row_N), self._kv, (cos_N1C, sin_N1C), self._window)
+        out_NHC = some(layer, heads_of(qkv, normed_TD.index_select(0, row_N), head_dim))
+        return out_NHC.index_select(0, torch.searchsorted(row_N, wanted_R))
+
+
+def narrowed(spans: Sequence[SequenceSpan], wanted: Sequence[int]) -> tuple[list[SequenceSpan], list[int]]:
+    """Spans cut down to what lies between the first and the last wanted row of each; the rows that are left.
+
+    Of several rows two are left at least: one that is alone is attended to by another kernel, which rounds otherwise.
+    """
+    narrow: list[SequenceSpan] = []
+    left: list[int] = []
+    wanted = sorted(wanted)
+    for span in spans:
+        low, high = bisect_left(wanted, span.row), bisect_left(wanted, span.row + span.length)
+        if low < high:
+            end = max(wanted[high - 1] + 1, min(span.row + span.length, span.row + 2))
+            first = min(wanted[low], max(span.row, end - 2))
+            context = span.context - (span.row + span.length - end)
+            narrow.append(SequenceSpan(len(left), end - first, context, span.runs))
+            left += range(first, end)
+    return narrow, left
 
 
 class OneCall:

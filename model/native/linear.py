@@ -42,18 +42,23 @@ class NativeLinear:
         )
 
     def __call__(self, x_TI: Tensor) -> Tensor:
+        return self.from_feature(0, x_TI)
+
+    def from_feature(self, first: int, x_TI: Tensor) -> Tensor:
+        """The output features from this one on."""
+        assert first % (2 * PANEL) == 0
         assert x_TI.dtype == torch.bfloat16
         assert x_TI.shape[1] == self.in_features
         if x_TI.stride(1) != 1:
             x_TI = x_TI.contiguous()
         T = len(x_TI)
-        y_TO = x_TI.new_empty(T, self.out_features)
+        y_TO = x_TI.new_empty(T, self.out_features - first)
         kernels().linear(
             x_TI.data_ptr(),
             x_TI.stride(0),
             T,
-            self.packed.data_ptr(),
-            self.out_features,
+            self.packed.data_ptr() + first * self.in_features * self.packed.itemsize,
+            self.out_features - first,
             self.in_features,
             y_TO.data_ptr(),
             torch.get_num_threads(),

@@ -97,6 +97,30 @@ def test_it_is_as_close_to_float32_as_torch_is_however_texts_are_cut_into_steps(
     assert natives < 1.2 * torchs
 
 
+@pytest.mark.parametrize("wanted", [[], [3], [24, 13], [0, 25, 25], [2, 5, 13, 14, 25]])
+@pytest.mark.parametrize("first_length", [0, 6])
+def test_wanted_rows_alone_have_the_same_bits_and_keys_are_written_for_all(
+    wanted: list[int], first_length: int
+) -> None:
+    config = replace(random_config(random.Random(1)), sliding_window=None)
+    model = Mixtral(config, changed(RandomModel(config, CPU, torch.bfloat16).weights(), torch.bfloat16))
+    texts = [[rng.randrange(384) for _ in range(20)] for rng in map(random.Random, range(3))]
+    found, memories = [], [memory(config, torch.bfloat16) for _ in range(2)]
+    for kv in memories:
+        sequences = PagedTexts(texts, 40, random.Random(0))
+        exchange = OneRank(config.num_local_experts)
+        if first_length:
+            model.forward(sequences.step([first_length] * 3), kv, exchange)
+        batch = sequences.step([13, 1, 12])
+        if kv is memories[1]:
+            batch = replace(batch, logits_rows=torch.tensor(wanted, dtype=torch.int64))
+        found.append(model.forward(batch, kv, exchange))
+    assert torch.equal(found[1], found[0][wanted])
+    for layer in range(config.num_hidden_layers):
+        for one, other in zip(memories[0].layer(layer), memories[1].layer(layer), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_bfloat16_on_a_cpu_takes_the_kernels_where_sizes_fit() -> None:
     config = random_config(random.Random(0))
     assert isinstance(backend_for(config, CPU, torch.bfloat16), NativeBackend)

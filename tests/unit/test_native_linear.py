@@ -57,6 +57,14 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads(threads: int) ->
 
 
 @compiled
+def test_the_last_output_features_are_had_alone(threads: int) -> None:
+    linear, x_TI = NativeLinear(random(96, 30)), random(5, 30, seed=1)
+    assert torch.equal(linear.from_feature(32, x_TI), linear(x_TI)[:, 32:])
+    with pytest.raises(AssertionError):
+        linear.from_feature(16, x_TI)
+
+
+@compiled
 def test_rows_may_lie_apart() -> None:
     linear, wide = NativeLinear(random(32, 6)), random(5, 40)
     assert torch.equal(linear(wide[:, 3:9]), linear(wide[:, 3:9].contiguous()))
