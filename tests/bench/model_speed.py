@@ -74,14 +74,18 @@ class Ours:
         self._stages = Stages()
         self.spent: Counter[Stage] = Counter()  # seconds in each stage
         self._model, self._dtype = Mixtral(config, weights, stages=self._stages), dtype
+        self._kv = self._memory(0)
+
+    def _memory(self, pages: int) -> KVCache:
+        config, cpu = self._model.config, torch.device("cpu")
+        return KVCache(config, Shard(), num_pages=pages, page_size=PAGE, dtype=self._dtype, device=cpu)
 
     def start(self, tokens_BL: torch.Tensor, room: int) -> None:
-        config = self._model.config
         B, L = tokens_BL.shape
         self._pages = -(-room // PAGE)
-        pages, cpu = self._pages * B, torch.device("cpu")
-        self._kv = KVCache(config, Shard(), num_pages=pages, page_size=PAGE, dtype=self._dtype, device=cpu)
-        self._exchange = OneRank(config.num_local_experts)
+        if self._kv.num_pages < self._pages * B:  # else it is there already, as a server's is
+            self._kv = self._memory(self._pages * B)
+        self._exchange = OneRank(self._model.config.num_local_experts)
         together = max(1, STEP_TOKENS // L)
         firsts = range(0, B, together)
         self._next = torch.cat([self._compute(tokens_BL[first : first + together], 0, first) for first in firsts])
