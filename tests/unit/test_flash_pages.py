@@ -115,7 +115,8 @@ def test_a_whole_model_on_pages_of_flash_attn(window: int | None, monkeypatch: p
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(PAGE))
     monkeypatch.setattr(flash_pages, "PAGE_MULTIPLE", PAGE)
     monkeypatch.setattr(triton_backend, "varlen_attention_for", lambda *_: flash_attn_attention)
-    config = MixtralConfig.from_dict(CONFIG | {"sliding_window": window}, "config.json")
+    small = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48}
+    config = MixtralConfig.from_dict(CONFIG | small | {"sliding_window": window}, "config.json")
     weights = RandomModel(config, CPU, torch.float32).weights()
     backends = CpuBackend(config, torch.float32), TritonBackend(config, CPU, torch.float32)
     models = [(Mixtral(config, weights, backend=backend), memory(config)) for backend in backends]

@@ -25,7 +25,9 @@ pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 from model.triton_backend import TritonBackend
 
 CPU = torch.device("cpu")
-MODEL = MixtralConfig.from_dict(CONFIG | {"max_position_embeddings": 64, "num_hidden_layers": 1}, "config.json")
+# As small as kernels take it: their interpreter is slow.
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+MODEL = MixtralConfig.from_dict(CONFIG | SMALL | {"max_position_embeddings": 64, "num_hidden_layers": 1}, "config.json")
 SIZES = (4, 2)
 
 

@@ -35,7 +35,7 @@ from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 
-from model.kernels import routing
+from model.kernels import paged_decode, routing
 from model.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.skipif(not has_shared_memory(), reason="shared memory transport is for x86-64 Linux")
@@ -119,8 +119,9 @@ class Turns:
 
 
 # As small as kernels take it: their interpreter is slow.
-SMALL = {"max_position_embeddings": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
-MODEL = MixtralConfig.from_dict(CONFIG | SMALL | {"num_hidden_layers": 1}, "config.json")
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
+MODEL = MixtralConfig.from_dict(CONFIG | HEADS | SIZES | {"max_position_embeddings": 16}, "config.json")
 
 
 def of_rank(weights: MixtralWeights, placement: Placement, rank: int, tensor: int) -> MixtralWeights:
@@ -135,7 +136,10 @@ def of_rank(weights: MixtralWeights, placement: Placement, rank: int, tensor: in
 
 
 @pytest.mark.parametrize(("tensor", "group_tokens"), [(2, (1,)), (1, (1, 0))])
-def test_replayed_steps_of_several_ranks_are_those_of_one(tensor: int, group_tokens: tuple[int, ...]) -> None:
+def test_replayed_steps_of_several_ranks_are_those_of_one(
+    tensor: int, group_tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_decode, "splits_for", lambda *_: 2)
     data = len(group_tokens)
     weights = RandomModel(MODEL, CPU, torch.float32).weights()
     placement = even_placement(1, MODEL.num_local_experts, tensor * data)
