@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,6 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from model.batch import Batch, SequenceSpan, page_runs
 from model.checkpoint import load_weights
 from model.config import load_config
 from model.demo import artefacts
@@ -34,6 +35,7 @@ from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.shard import Shard
 from model.tokenizer import load_tokenizer
+from tests.paged_texts import PAGE, PagedTexts
 
 DEMO = Path(artefacts.__file__).parent
 MOST_BYTES = 12_000_000
@@ -78,11 +80,13 @@ def transformers_answers() -> dict[str, list[int]]:
     """Greedy token ids per question, </s> included if it came."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(DEMO)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(DEMO)
+    tokenizer.pad_token, tokenizer.padding_side = "</s>", "left"
+    chats = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
+    prompts = tokenizer.apply_chat_template(chats, return_tensors="pt", padding=True)
+    whole = model.generate(**prompts, max_new_tokens=MOST_TOKENS, do_sample=False, pad_token_id=EOS)
     answers = {}
-    for question, _ in QUESTIONS:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], return_tensors="pt")
-        whole = model.generate(**prompt, max_new_tokens=MOST_TOKENS, do_sample=False, pad_token_id=EOS)
-        answers[question] = whole[0, prompt["input_ids"].shape[1] :].tolist()
+    for (question, _), row in zip(QUESTIONS, whole[:, prompts["input_ids"].shape[1] :].tolist(), strict=True):
+        answers[question] = row[: row.index(EOS) + 1] if EOS in row else row
     return answers
 
 
@@ -258,10 +262,13 @@ def test_muon_and_adam_share_the_parameters_and_lower_the_loss(corpus: Corpus, e
     muon, adam = optimizers(network)
     assert len(muon.momenta) + len(adam.param_groups[0]["params"]) == len(list(network.parameters()))
     batch = next(batches([corpus], encoder, seed=0))
+    few = slice(0, 6)
+    inside_N = batch.wanted_N < batch.token_BL[few].numel()
+    wanted_N, target_N = batch.wanted_N[inside_N], batch.target_N[inside_N]
     losses = []
     for _ in range(4):
-        logits = network(batch.token_BL, batch.position_BL, batch.text_BL, batch.wanted_N).logits_NV
-        loss = torch.nn.functional.cross_entropy(logits, batch.target_N)
+        logits = network(batch.token_BL[few], batch.position_BL[few], batch.text_BL[few], wanted_N).logits_NV
+        loss = torch.nn.functional.cross_entropy(logits, target_N)
         losses.append(loss.item())
         network.zero_grad()
         torch.autograd.backward(loss)
@@ -356,33 +363,34 @@ def test_answers_contain_what_they_must_and_end(question: str, wanted: str, enco
 
 def test_the_training_forward_gives_transformers_text(encoder: Encoder) -> None:
     network, _ = artefacts.read(DEMO)
-    answers = greedy(network, [encoder.prompt(ask(question)) for question, _ in QUESTIONS])
+    questions = [question for question, _ in QUESTIONS[::2]]  # each of its steps computes the whole text
+    answers = greedy(network, [encoder.prompt(ask(question)) for question in questions])
     assert [[*answer.token_ids, EOS] for answer in answers] == [
-        transformers_answers()[question] for question, _ in QUESTIONS
+        transformers_answers()[question] for question in questions
     ]
 
 
 def test_the_serving_forward_gives_transformers_text() -> None:
+    """All questions in one batch: as long as each answer is the expected one so far, its next token is too."""
     config, tokenizer = load_config(DEMO), load_tokenizer(DEMO)
     cpu = torch.device("cpu")
     model = Mixtral(config, load_weights(DEMO, config, Shard(), dtype=torch.float32, device=cpu))
-    for question, _ in QUESTIONS:
-        kv = KVCache(config, Shard(), num_pages=16, page_size=16, dtype=torch.float32, device=cpu)
-        ids, done = tokenizer.chat_prompt([{"role": "user", "content": question}]), 0
-        answer: list[int] = []
-        while not answer or (answer[-1] != EOS and len(answer) < MOST_TOKENS):
-            batch = Batch(
-                torch.tensor(ids[done:]),
-                torch.arange(done, len(ids)),
-                torch.arange(done, len(ids)),  # one sequence on pages 0, 1, ...: a token's slot is its position
-                (SequenceSpan(0, len(ids) - done, len(ids), page_runs(list(range(-(-len(ids) // 16))))),),
-                torch.tensor([len(ids) - done - 1]),
-            )
-            logits = model.logits(model.forward(batch, kv, OneRank(config.num_local_experts)))
-            done = len(ids)
-            answer.append(int(logits.argmax()))
-            ids.append(answer[-1])
-        assert answer == transformers_answers()[question], question
+    kv = KVCache(config, Shard(), num_pages=1000, page_size=PAGE, dtype=torch.float32, device=cpu)
+    prompts = [tokenizer.chat_prompt([{"role": "user", "content": question}]) for question, _ in QUESTIONS]
+    texts = [
+        prompt + transformers_answers()[question] for prompt, (question, _) in zip(prompts, QUESTIONS, strict=True)
+    ]
+    sequences = PagedTexts(texts, 1000, random.Random(0))
+    lengths = [len(prompt) for prompt in prompts]
+    while any(lengths):
+        batch = sequences.step(lengths)
+        last_rows = torch.tensor([span.row + span.length - 1 for span in batch.spans])
+        logits = model.logits(
+            model.forward(replace(batch, logits_rows=last_rows), kv, OneRank(config.num_local_experts))
+        )
+        open_texts = [number for number, length in enumerate(lengths) if length]
+        assert logits.argmax(dim=-1).tolist() == [texts[number][sequences.done[number]] for number in open_texts]
+        lengths = [int(done + 1 < len(text)) for done, text in zip(sequences.done, texts, strict=True)]
 
 
 def test_all_experts_work(corpus: Corpus, encoder: Encoder) -> None:
