@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from transformers import LlamaTokenizer
 
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer, load_tokenizer
+from tests.unit.mistral_tokenizers import MODELS, save_converted
 
-DATA = Path(str(files("mistral_common"))) / "data"
-MODELS = {"v1": DATA / "tokenizer.model.v1", "v3": DATA / "mistral_instruct_tokenizer_240323.model.v3"}
 PIECES = [
     *["the ", "router", " chooses", " two", "Experts", "\n", "\n\n", "\t", " ", "  ", "   ", "\u00a0", "\u2003"],
     *[
@@ -66,11 +64,7 @@ def model_directory(version: str, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def json_directory(version: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as transformers saves it: tokenizer.json and tokenizer_config.json."""
-    source = tmp_path_factory.mktemp("source")
-    shutil.copy(MODELS[version], source / "tokenizer.model")
-    directory = tmp_path_factory.mktemp("json")
-    LlamaTokenizer.from_pretrained(source, add_bos_token=True).save_pretrained(directory)
-    return directory
+    return save_converted(version, tmp_path_factory.mktemp("json"))
 
 
 @pytest.fixture(scope="module")
