@@ -12,7 +12,7 @@ from deployments.local_ray import OBJECT_STORE_BYTES
 from tests.e2e.server import ENVIRONMENT
 
 METRICS = {
-    "RAY_metrics_report_interval_ms": "2000",  # for Prometheus; every 10 s otherwise
+    "RAY_metrics_report_interval_ms": "5000",  # for Prometheus; every 10 s otherwise
     "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": "1",  # of deployments and replicas; likewise
 }
 

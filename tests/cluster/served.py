@@ -104,8 +104,8 @@ def lives(pid: int) -> bool:
         return False
 
 
-def eventually(holds: Callable[[], object], what: str, timeout_s: float = 60) -> None:
+def eventually(holds: Callable[[], object], what: str, timeout_s: float = 60, every_s: float = 0.01) -> None:
     deadline = monotonic() + timeout_s
     while not holds():
         assert monotonic() < deadline, f"never: {what}"
-        sleep(0.01)
+        sleep(every_s)

@@ -4,7 +4,6 @@ server            one rank, the tiny checkpoint
 two_ranks         the demo model, with a key
 each_server       both of these, in turn
 serve_run         as a newcomer starts it: Serve's own command with the shipped file
-broken            cannot start
 direct_streaming  server and client together in a network namespace of their own
 """
 
@@ -56,20 +55,10 @@ def access_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("log") / "access.jsonl"
 
 
-@pytest.fixture(scope="session")
-def broken_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its header is right, its weights end too early: no layout check finds that, only reading them."""
-    directory = write_checkpoint(tmp_path_factory.mktemp("models") / "broken")
-    with (directory / "model.safetensors").open("r+b") as file:
-        file.truncate(2000)
-    return directory
-
-
 @pytest.fixture(autouse=True, scope="session")
 def fleet(
     request: pytest.FixtureRequest,
     checkpoint: Path,
-    broken_checkpoint: Path,
     access_log: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
@@ -86,7 +75,6 @@ def fleet(
         "two_ranks": Kind(lambda: mixtral_serve(*pair, environment={"KEYS": "open-sesame"}, key="open-sesame")),
         "direct_streaming": Kind(lambda: _in_namespace(checkpoint), Server.wait),
         "serve_run": Kind(lambda: _serve_run(run_file, ray_directory), _ready),
-        "broken": Kind(lambda: mixtral_serve("--model", str(broken_checkpoint)), Server.wait),
     }
     asked = {fixture for item in request.session.items for fixture in item.fixturenames}
     if "each_server" in asked:
@@ -110,11 +98,6 @@ def two_ranks(fleet: Fleet) -> Server:
 @pytest.fixture(scope="session", params=["server", "two_ranks"], ids=["1 rank", "2 ranks"])
 def each_server(request: pytest.FixtureRequest, fleet: Fleet) -> Server:
     return fleet[request.param]
-
-
-@pytest.fixture(scope="session")
-def broken(fleet: Fleet) -> Server:
-    return fleet["broken"]
 
 
 @pytest.fixture(scope="session")
