@@ -58,7 +58,8 @@ def check(size: int, transport: Transport, device: str) -> Iterator[Outcome]:
 
 class _Ranks:
     def __init__(self, size: int, device: str) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])  # torch is imported once, and not by every rank
         self._device = device
         self._processes: list[tuple[BaseProcess, Connection]] = []
         self.size = size
