@@ -6,6 +6,7 @@ threads that a child would miss, so Ray, CUDA and the rendezvous store all stay 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import traceback
@@ -72,6 +73,7 @@ def _rank_main(
     pipe: Connection, rendezvous: Rendezvous, rank: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was inherited stays shared memory: no search for garbage writes to it
     try:
         store = None
         if rank == 0:

@@ -19,8 +19,9 @@ from model.comm import Groups, alone
 from model.config import load_config
 
 PAGE = 4
-TOKENS = 24  # of each answer
-PAGES = {1: 28, 2: 14}  # in each group; so few that somebody is preempted
+TOKENS = 16  # of each answer
+PAGES = {1: 20, 2: 10}  # in each group; so few that somebody is preempted
+FEWEST_PAGES = 9  # with more groups than two
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def requests() -> list[Request | EncodeRequest]:
 def record(config: EngineConfig) -> Recorded:
     """Each data group on a worker of its own, which has all of the model."""
     data = config.parallel.data
-    pages = PAGES.get(data, 12)
+    pages = PAGES.get(data, FEWEST_PAGES)
     config = replace(config, parallel=ParallelConfig())
     placement = placement_for(config)
     workers = [Worker(0, config, placement) for _ in range(data)]
@@ -156,7 +157,7 @@ def replay(
     placement = placement_for(config)
     worker = Worker(groups.world.rank, config, placement)
     worker.load()
-    worker.join(groups, PAGES.get(config.parallel.data, 12))
+    worker.join(groups, PAGES.get(config.parallel.data, FEWEST_PAGES))
     numbers = itertools.count()
     results = []
     for index, (plan, exchange) in enumerate(zip(plans, itertools.cycle(exchanges))):

@@ -78,7 +78,8 @@ def replayed(groups: Groups, config: EngineConfig, steps: Sequence[StepPlan]) ->
 
 @pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)])
 def test_replayed_steps_of_ranks_are_those_of_one_process(tmp_path: Path, tensor: int, data: int) -> None:
-    write_checkpoint(tmp_path, num_hidden_layers=1, max_position_embeddings=16, vocab_size=64)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}  # the interpreter is slow
+    write_checkpoint(tmp_path, **small, max_position_embeddings=16, vocab_size=64)
     one = Worker(0, engine_config(tmp_path, ParallelConfig()), even_placement(1, 4, 1))
     one.load()
     one.join(alone(), num_pages=8)

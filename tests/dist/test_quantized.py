@@ -11,8 +11,8 @@ from model.modes import Mode
 from model.quantized_writer import quantize_checkpoint
 from tests.dist.runs import engine_config, record
 from tests.dist.test_topologies import EVERYTHING, FAST, check
-
-DEMO = Path(__file__).parents[2] / "model" / "demo"
+from tests.quantized_checkpoints import SIZES
+from tests.tiny import write_checkpoint
 
 CASES: list[tuple[Mode, ParallelConfig]] = [
     ("int4", ParallelConfig(tensor=2, expert=1)),
@@ -24,6 +24,6 @@ CASES: list[tuple[Mode, ParallelConfig]] = [
 
 @pytest.mark.parametrize(("mode", "layout"), CASES if EVERYTHING else CASES[:2])
 def test_ranks_give_what_one_process_gives(tmp_path: Path, mode: Mode, layout: ParallelConfig) -> None:
-    quantize_checkpoint(DEMO, tmp_path / "demo", mode)
-    config = engine_config(tmp_path / "demo", layout)
+    quantize_checkpoint(write_checkpoint(tmp_path / "plain", **SIZES), tmp_path / mode, mode)
+    config = engine_config(tmp_path / mode, layout)
     check(config, record(config), ("all_to_all", "all_reduce"), FAST)
