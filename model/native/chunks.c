@@ -19,7 +19,8 @@
 #include "share.h"
 
 #define BLOCK_KEYS 128
-#define NONE -1e30f // below every score, and still a number
+#define NONE -1e30f  // in place of a score that a row does not see: weighs nothing beside
+#define LEAST -1e29f // the largest score as long as none is seen
 
 // One thread's room for a block of R rows.
 typedef struct {
@@ -94,22 +95,24 @@ INLINE __mmask16 between(int64_t from, int64_t to, int64_t at) { // of 16 keys, 
 }
 
 // A row's scores of M keys become weights; those outside [from, to) weigh nothing. What was before is scaled to match.
-INLINE void weigh_row(const float *scores, int64_t M, int64_t from, int64_t to, float scale, float *largest, float *sum,
+INLINE void weigh_row(float *scores, int64_t M, int64_t from, int64_t to, float scale, float *largest, float *sum,
                       float *out, int64_t C, bf16 *weights) {
     const __m512 none = _mm512_set1_ps(NONE), by = _mm512_set1_ps(scale);
     __m512 most = _mm512_set1_ps(*largest);
-    for (int64_t m = 0; m < M; m += 16)
-        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(none, between(from, to, m), scores + m));
+    for (int64_t m = 0; m < M; m += 16) {
+        const __m512 seen = _mm512_mask_loadu_ps(none, between(from, to, m), scores + m);
+        _mm512_storeu_ps(scores + m, seen);
+        most = _mm512_max_ps(most, seen);
+    }
     const float before = *largest, now = *largest = _mm512_reduce_max_ps(most);
     const __m512 peak = _mm512_set1_ps(now);
     __m512 total = _mm512_setzero_ps();
     for (int64_t m = 0; m < M; m += 16) {
-        const __m512 power = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + m), peak), by);
-        const __m512 weight = _mm512_maskz_mov_ps(between(from, to, m), exp16(power));
+        const __m512 weight = exp16(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + m), peak), by));
         total = _mm512_add_ps(total, weight);
         store_bf16(weights + m, weight);
     }
-    if (now > before) {
+    if (now > before && before > LEAST) {
         const __m512 less = exp16(_mm512_mul_ps(_mm512_set1_ps(before - now), by));
         *sum *= _mm512_cvtss_f32(less);
         for (int64_t c = 0; c < C; c += 16) _mm512_storeu_ps(out + c, _mm512_mul_ps(_mm512_loadu_ps(out + c), less));
@@ -145,7 +148,7 @@ static void attend_block(const Layer *layer, const Chunk *chunk, int64_t g, int6
     for (int64_t i = 0; i < count; i++)
         memcpy(room.query + i * Q * C, layer->heads + (chunk->row + t + i) * row_stride + g * Q * C, Q * C * 2);
     memset(room.out, 0, R * C * 4);
-    for (int64_t r = 0; r < R; r++) room.largest[r] = NONE, room.sum[r] = 0;
+    for (int64_t r = 0; r < R; r++) room.largest[r] = LEAST, room.sum[r] = 0;
     Cursor cursor = {chunk->runs, first};
     for (int64_t at = first; at < last; at += BLOCK_KEYS) {
         const int64_t there = last - at < BLOCK_KEYS ? last - at : BLOCK_KEYS, M = (there + 31) / 32 * 32;
