@@ -26,6 +26,7 @@ OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
 KUBERNETES = "1.36"
 CUSTOM = re.compile(r"^(ray\.io|monitoring\.coreos\.com|gateway\.networking\.k8s\.io)/")
 VALIDATOR = ROOT.parent / "shared/tools/validate_manifests.py"
+LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # ten times as fast
 Manifest = dict[str, Any]
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def rendered(overlay: str) -> str:
 
 @functools.cache
 def manifests(overlay: str) -> list[Manifest]:
-    return list(yaml.safe_load_all(rendered(overlay)))
+    return list(yaml.load_all(rendered(overlay), LOADER))
 
 
 def of_kind(overlay: str, *kinds: str) -> list[Manifest]:
@@ -94,7 +95,7 @@ def different() -> list[str]:
 
 
 def test_kubernetes_accepts_its_own_kinds() -> None:
-    found = [yaml.safe_load(document) for document in different()]
+    found = [yaml.load(document, LOADER) for document in different()]
     own = [one for one in found if not CUSTOM.search(one["apiVersion"])]
     assert {one["kind"] for one in own} >= {"Job", "NetworkPolicy", "PodDisruptionBudget", "RoleBinding", "StatefulSet"}
     for manifest in own:
