@@ -241,7 +241,7 @@ NAMES = sorted(set(MixtralConfig.__dataclass_fields__) | {"architectures", "rope
 ROPE = st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "rope_theta", "long_factor"]), VALUES)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=2000 if os.environ.get("MIXTRAL_TEST_ALL") else 80)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES), st.none() | ROPE)
 def test_whatever_a_config_holds_it_is_read_or_refused(changes: dict[str, Any], rope: dict[str, Any] | None) -> None:
     raw = CONFIG | changes | ({"rope_scaling": rope} if rope else {})

@@ -33,7 +33,7 @@ def config(checkpoint: Path, *, pages: int = 64, caching: bool = True, **schedul
 
 
 def request(name: str, prompt: tuple[int, ...] = LONG, n: int = 1, **sampling: object) -> Request:
-    params = {"max_tokens": 20, "temperature": 0.9, "seed": 7, "ignore_eos": True, **sampling}
+    params = {"max_tokens": 12, "temperature": 0.9, "seed": 7, "ignore_eos": True, **sampling}
     return Request(name, prompt, SamplingParams(**params), n=n)  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def alone(checkpoint: Path) -> list[list[int]]:
         ("all at once", {}),
         ("chunks of five", {"max_step_tokens": 5}),
         ("two at a time", {"max_running": 2}),
-        ("memory for little more than one", {"pages": 24}),
+        ("memory for little more than one", {"pages": 20}),
         ("without a prefix cache", {"caching": False}),
     ],
 )
