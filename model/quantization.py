@@ -141,10 +141,10 @@ def quantize_rows(weight_BI: Tensor, mode: Mode) -> QuantizedWeight:
     weight_BGg = weight_BI.float().view(rows, -1, group_size(mode) or columns)
     match mode:
         case "int8":
-            scale_BG1 = rounded(weight_BGg.abs().amax(-1, keepdim=True) / 127)
+            scale_BG1 = rounded(divided(weight_BGg.abs().amax(-1, keepdim=True), 127))
             packed = (weight_BGg / scale_BG1).round_().clamp_(-127, 127).to(torch.int8)
         case "fp8":
-            scale_BG1 = rounded(weight_BGg.abs().amax(-1, keepdim=True) / FP8_MAX)
+            scale_BG1 = rounded(divided(weight_BGg.abs().amax(-1, keepdim=True), FP8_MAX))
             packed = (weight_BGg / scale_BG1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         case "int4":
             # The scale takes the sign that makes the largest weight -8, for there is no +8: an eighth less error.
@@ -155,6 +155,13 @@ def quantize_rows(weight_BI: Tensor, mode: Mode) -> QuantizedWeight:
             scale_BG1 = weight_BGg.abs().amax(-1, keepdim=True)
             packed = pack_halves(nearest_nf4(weight_BGg / scale_BG1.clamp_min(1e-30)))
     return QuantizedWeight(mode, packed.view(rows, -1), scale_BG1.squeeze(-1))
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """By a number that lies where x does. By one of the host's a GPU does not divide: it multiplies with the
+    reciprocal, and a few scales in a million would not be those that a CPU makes.
+    """
+    return x / x.new_full((), number)
 
 
 def rounded(scale: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import transformers
 from torch import Tensor
 
 from model.config import MixtralConfig
-from model.quantization import Mode
+from model.modes import Mode
 from model.weights import MixtralWeights
 from tests.bench.gpu_sides import DTYPE, Geometry, Machine, Ours, Theirs, Ways, timed
 from tests.bench.gpu_table import HEADER, THEIRS, Line, Report

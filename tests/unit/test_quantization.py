@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import quantization
 from model.modes import GROUP_SIZE, Mode, stored_bytes
@@ -84,6 +88,27 @@ def test_pieces_of_memory_make_no_difference(mode: Mode, monkeypatch: pytest.Mon
     whole = quantize(weight_OI, mode)
     monkeypatch.setattr(quantization, "CPU_CHUNK", 400)
     assert same(quantize(weight_OI, mode), whole)
+
+
+class Divisors(TorchDispatchMode):
+    """Numbers of the host that something on another device is divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[float] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten.div.Tensor and getattr(args[1], "device", None) != args[0].device:
+            self.found.append(float(args[1]))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_device_divides_as_the_host_does(mode: Mode) -> None:
+    """By a number of the host's it multiplies with the reciprocal, which is the same for powers of two alone."""
+    with Divisors() as divisors:
+        quantize(torch.empty(4, 128, device="meta"), mode)
+    assert all(math.frexp(abs(number))[0] == 0.5 for number in divisors.found)
 
 
 @pytest.mark.parametrize("mode", ["int4", "nf4"])
