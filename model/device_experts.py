@@ -2,7 +2,7 @@
 multiplying is.
 
     few rows           grouped_experts            any weights, any device
-    many rows, plain   torch's grouped product    Hopper and later, bfloat16
+    many rows, plain   torch's grouped product    Hopper and the Blackwell of data centres, bfloat16
     many rows, fp8     torch's scaled one         Hopper: rows are rounded to fp8 as well
 
 S: tokens.  K: experts per token.  P: token-expert pairs, S * K.  N: rows for this rank's slots.  L: slots.
@@ -69,7 +69,10 @@ class DeviceExperts:
 
 
 def grouped_products(listed: Listed, gate_up: GroupedProduct, down: GroupedProduct) -> Tensor:
-    """What grouped_experts gives, (S, K, D), float32, for many rows. Every pair must have its slot here."""
+    """What grouped_experts gives, (S, K, D), float32, for many rows. Every pair must have its slot here.
+
+    Padding has none: what is left in its places is anything, and nobody reads it but padding.
+    """
     from model.kernels.swiglu import swiglu
 
     S, K = listed.weight_SK.shape
@@ -86,7 +89,8 @@ def grouped_product_for(stack: WeightStack, dtype: torch.dtype) -> GroupedProduc
     if stack.packed_EOP.device.type != "cuda" or dtype != torch.bfloat16:
         return None
     capability = torch.cuda.get_device_capability(stack.packed_EOP.device)
-    if stack.mode == "plain" and capability >= (9, 0):
+    # On other devices torch computes one group after another, and asks them how many rows each has.
+    if stack.mode == "plain" and capability[0] in (9, 10) and fits_plain_product(stack):
         return partial(plain_product, stack.packed_EOP.transpose(1, 2))
     if stack.mode == "fp8" and capability == (9, 0) and fits_scaled_product(stack):
         return ScaledProduct(stack)
@@ -95,6 +99,14 @@ def grouped_product_for(stack: WeightStack, dtype: torch.dtype) -> GroupedProduc
 
 def plain_product(weight_LIO: Tensor, x_PI: Tensor, ends_L: Tensor) -> Tensor:
     return functional.grouped_mm(x_PI, weight_LIO, offs=ends_L)
+
+
+def fits_plain_product(stack: WeightStack) -> bool:
+    """Rows of 16 bytes or a multiple: a third of an expert, say, may have others."""
+    return (
+        stack.in_features * stack.packed_EOP.element_size() % 16 == 0
+        and stack.out_features * stack.packed_EOP.element_size() % 16 == 0
+    )
 
 
 def fits_scaled_product(stack: WeightStack) -> bool:

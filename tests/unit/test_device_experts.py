@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +127,35 @@ def test_scaled_products_want_features_in_sixteens() -> None:
     assert fits(32, 48)
     assert not fits(40, 48)
     assert not fits(32, 40)
+
+
+class OnDevice:
+    """A stack that lies there, as far as it is asked."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.mode, self.in_features, self.out_features = "plain", columns, rows
+        self.packed_EOP = SimpleNamespace(
+            device=torch.device("cuda"), element_size=lambda: 2, transpose=lambda a, b: torch.empty(1, columns, rows)
+        )
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "columns", "taken"),
+    [
+        ((8, 0), 32, 48, False),
+        ((9, 0), 32, 48, True),
+        ((10, 0), 32, 48, True),
+        ((12, 0), 32, 48, False),
+        ((9, 0), 30, 48, False),
+        ((9, 0), 32, 4778, False),
+    ],
+)
+def test_torchs_product_is_taken_where_it_neither_refuses_nor_waits(
+    capability: tuple[int, int], rows: int, columns: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = grouped_product_for(OnDevice(rows, columns), torch.bfloat16)  # type: ignore[arg-type]
+    assert (found is not None) == taken
 
 
 def test_a_cpu_has_our_kernels_alone() -> None:
