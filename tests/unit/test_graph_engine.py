@@ -45,7 +45,8 @@ async def answers(config: EngineConfig) -> tuple[list[tuple[int, ...]], list[Ste
 
 
 def test_answers_with_graphs_are_those_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path, num_hidden_layers=1, max_position_embeddings=16)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}  # the interpreter is slow
+    write_checkpoint(tmp_path, **small, max_position_embeddings=16)
     scheduler = SchedulerConfig(max_running=2, max_step_tokens=16)
     config = EngineConfig(str(tmp_path), kv=KVConfig(page_size=4, memory=1 << 16), scheduler=scheduler)
     expected, computed = asyncio.run(answers(config))

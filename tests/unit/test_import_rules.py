@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,14 @@ START_WITHOUT_TORCH = ("deployments/cli.py", "deployments/ingress.py")
 INSIDE_FUNCTIONS = {"ray", "triton", "flash_attn", "model.kernels"}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
     """Every module a file imports: `from torch import distributed` counts as torch.distributed."""
-    tree = ast.parse((ROOT / path).read_text())
+    tree = parsed(path)
     for node in tree.body if top_level_only else ast.walk(tree):
         match node:
             case ast.Import():
