@@ -113,7 +113,9 @@ class Launches:
         round_rows(empty(4, D))
         choose_experts(torch.empty(4, E), K)
         memory = empty(64, G, C), empty(64, G, C)
-        rope_write(empty(4, H + 2 * G, C), (empty(4, 1, C), empty(4, 1, C)), int64(4), memory)
+        for begin in (0, 1):  # where one copy to the device has put them
+            slots = int64(5)[begin : begin + 4]
+            rope_write(empty(4, H + 2 * G, C), (empty(4, 1, C), empty(4, 1, C)), slots, memory)
         self.sorts()
         self.decodes()
         self.products()
@@ -124,7 +126,8 @@ class Launches:
         E, K = self.config.num_local_experts, self.config.num_experts_per_tok
         for tokens in self.tokens:
             sort_pairs(int64(tokens, K), E)
-        sort_pairs(int64(1, 1), E, int64(E), torch.zeros(1).int())
+        for layer in (0, 1):
+            sort_pairs(int64(1, 1), E, int64(2, E + 1)[layer, :E], torch.zeros(1).int())
 
     def decodes(self) -> None:
         from model.kernels.paged_decode import PageTable, paged_decode

@@ -31,7 +31,8 @@ def rope_write(
     return query_THC
 
 
-@triton.jit
+# Slots lie wherever one copy to the device puts them: one kernel for all places.
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def _rope_write(
     heads_ptr: tl.tensor,
     cos_ptr: tl.tensor,

@@ -99,7 +99,8 @@ def _choose(
     tl.store(weight_ptr + token * K + place, weight, mask=inside)
 
 
-@triton.jit(do_not_specialize=["P"])
+# Counts are a row of a table: one kernel for all rows, wherever they begin.
+@triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["counts_ptr", "tokens_ptr"])
 def _sort(
     expert_ptr: tl.tensor,
     order_ptr: tl.tensor,

@@ -155,7 +155,8 @@ def test_grouped_experts(device: torch.device, dtype: torch.dtype, tokens: int) 
     found = grouped_experts(x_SD, listed.order_N, listed.first_L, routing.weight_SK, *stacks)
     torch.testing.assert_close(found.sum(1), expected_SD, **tolerance(dtype))
     products = [product for stack in stacks if (product := grouped_product_for(stack, dtype))]
-    assert len(products) == (2 if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0) else 0)
+    has_products = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    assert len(products) == (2 if has_products else 0)
     if products:
         torch.testing.assert_close(grouped_products(listed, *products).sum(1), expected_SD, **tolerance(dtype))
 
@@ -188,6 +189,8 @@ def test_quantised_experts(device: torch.device, mode: Mode, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", BATCHES)
 def test_round_rows(device: torch.device, dtype: torch.dtype, rows: int) -> None:
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this GPU has no fp8")
     x_TI = random(device, dtype, rows, F)
     code_TI, scale_T = round_rows(x_TI)
     torch.testing.assert_close(scale_T, x_TI.float().abs().amax(-1) / FP8_MAX)

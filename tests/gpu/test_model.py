@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ PAGES = 512
 SIZES_OF_GRAPHS = (24, 16, 8, 4, 1)  # in the order they are captured in
 
 
-def memory(device: torch.device, config: MixtralConfig = CONFIG) -> KVCache:
-    return KVCache(config, Shard(), num_pages=PAGES, page_size=PAGE, dtype=BFLOAT16, device=device)
+def memory(device: torch.device, config: MixtralConfig = CONFIG, dtype: torch.dtype = BFLOAT16) -> KVCache:
+    return KVCache(config, Shard(), num_pages=PAGES, page_size=PAGE, dtype=dtype, device=device)
 
 
 def captured(model: Mixtral, kv: KVCache) -> DecodeGraphs:
@@ -87,11 +88,20 @@ def test_errors_are_those_of_bfloat16_alone(device: torch.device, tmp_path: Path
         assert error < 1.5 * their_error
 
 
+# Computed in another order, sums differ in their last bits: in float32 that changes no choice of experts, in bfloat16
+# it does now and then, so there every expert takes every token.
+EXACT = torch.float32, CONFIG, 1e-4
+FAST = BFLOAT16, replace(CONFIG, num_experts_per_tok=8), 4e-2
+
+
 @pytest.mark.parametrize("mode", [None, "int4", "nf4", "int8", "fp8"])
-@pytest.mark.parametrize("rows", [1, 3, 16, 20])
-def test_a_replayed_graph_is_the_computed_step(device: torch.device, mode: Mode | None, rows: int) -> None:
-    model = Mixtral(CONFIG, RandomModel(CONFIG, device, BFLOAT16, mode=mode).weights())
-    kv, other, exchange = memory(device), memory(device), OneRank(8)
+@pytest.mark.parametrize(("dtype", "config", "error"), [EXACT, FAST], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_replayed_graph_is_the_computed_step(
+    device: torch.device, mode: Mode | None, dtype: torch.dtype, config: MixtralConfig, error: float, rows: int
+) -> None:
+    model = Mixtral(config, RandomModel(config, device, dtype, mode=mode).weights())
+    kv, other, exchange = memory(device, config, dtype), memory(device, config, dtype), OneRank(8)
     graphs = captured(model, kv)
     sequences = PagedTexts(texts(random.Random(rows), rows, 60), PAGES, random.Random(0), device)
     prompts = sequences.step([len(text) - 2 for text in sequences.texts])
@@ -100,7 +110,7 @@ def test_a_replayed_graph_is_the_computed_step(device: torch.device, mode: Mode 
     for _ in range(2):
         batch = sequences.step([1] * rows)
         found, expected = graphs.replay(batch, fitting(rows), [rows]), model.forward(batch, other, exchange)
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+        assert (found - expected).norm() < error * expected.norm()
 
 
 def test_memory_after_capturing_anew_is_memory_before(device: torch.device) -> None:
