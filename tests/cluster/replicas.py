@@ -1,10 +1,11 @@
-"""Serve with one application in the tests' Ray, changed the way operators change it, and clients that go on asking."""
+"""Serve with one application in the tests' Ray, changed the way operators change it, and what clients see meanwhile."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -17,15 +18,17 @@ from tests.e2e.server import free_port
 
 DEADLINE_S = 120.0
 EVERY_S = 0.2  # each look is a call to Serve's controller
-BREATH_S = 0.8  # of a client between two questions: the machine also has replicas to start
+BREATH_S = 1.5  # of a client between two questions: the machine also has replicas to start
 QUESTION = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "pages of keys"}],
     "temperature": 0,
-    "max_tokens": 120,
+    "max_tokens": 40,
     "ignore_eos": True,
     "stream": True,
 }
+# Long enough to be under way still when a replica is told to go.
+LONG = {"model": "tiny", "prompt": "the router", "temperature": 0, "ignore_eos": True, "max_tokens": 450}
 
 
 class Cluster:
@@ -99,6 +102,25 @@ def shown_status() -> set[float]:
     """What the alert MixtralNotAsWanted asks for; 6: as it should be."""
     asked = {"application": "mixtral", "deployment": "ingress"}
     return {one.value for one in shown("ray_serve_deployment_status") if asked.items() <= one.labels.items()}
+
+
+def whole(url: str) -> str:
+    """What nobody disturbs."""
+    text: str = httpx.post(f"{url}/v1/completions", json=LONG, timeout=120).json()["choices"][0]["text"]
+    return text
+
+
+@contextmanager
+def under_way(url: str, expected: str) -> Iterator[None]:
+    """A stream has begun when the block does, and comes to its own end whatever is done in the block."""
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=120) as answer:
+        lines = answer.iter_lines()
+        read = [next(lines) for _ in range(4)]
+        yield
+        read += list(lines)
+    assert [line for line in read if line][-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in read if line.startswith("data: {")]
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == expected
 
 
 class Load:

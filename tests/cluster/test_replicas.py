@@ -7,7 +7,6 @@ Deployed from a configuration as KubeRay does it, so that build() runs in the cl
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from deployments import cli
 from deployments.local_ray import drain
-from tests.cluster.replicas import Cluster, Load, shown_ready, shown_status
+from tests.cluster.replicas import LONG, Cluster, Load, shown_ready, shown_status, under_way, whole
 from tests.e2e.server import answers, free_port
 from tests.load import repeated
 from tests.tiny import write_checkpoint
@@ -30,8 +29,6 @@ pytestmark = [
 ]
 
 UPGRADED = {"kv_cache": {"page_size": 32}}
-TOKENS = 450  # the stream is still under way when its replica is drained
-STREAM = {"model": "tiny", "prompt": "the router", "temperature": 0, "ignore_eos": True, "max_tokens": TOKENS}
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +69,12 @@ def test_nobody_notices_an_upgrade_nor_replicas_that_come_and_go(cluster: Cluste
     policy = {"policy_function": "deployments.autoscaling:Policy", "policy_kwargs": {"target_kv_use": 1e-6}}
     cluster.deploy({"autoscaling_config": scaling | often | {"policy": policy}})
     cluster.settle(1)
-    load = Load(cluster.url)
+    text, load = whole(cluster.url), Load(cluster.url)
     with repeated(2, load):
         cluster.settle(2)  # two requests are far from 1000: it was the memory they hold
         before = cluster.replicas()
-        cluster.deploy({"num_replicas": 2}, **UPGRADED)
+        with under_way(cluster.url, text), under_way(cluster.url, text):  # one for each replica
+            cluster.deploy({"num_replicas": 2}, **UPGRADED)
         cluster.eventually(lambda: "STARTING" in cluster.states(), "the upgrade begins")
         cluster.settle(2)
         after = cluster.replicas()
@@ -87,7 +85,8 @@ def test_nobody_notices_an_upgrade_nor_replicas_that_come_and_go(cluster: Cluste
     answered = len(load.answers)
     with repeated(2, load):
         cluster.eventually(lambda: len(load.answers) > answered, "answers before a replica goes")
-        cluster.deploy({"num_replicas": 1}, **UPGRADED)
+        with under_way(cluster.url, text), under_way(cluster.url, text):
+            cluster.deploy({"num_replicas": 1}, **UPGRADED)
         cluster.settle(1)
         assert cluster.replicas() < after, "scaling restarts nobody"
     assert len(load.answers) > 10
@@ -100,23 +99,10 @@ def test_streams_finish_and_nobody_new_is_taken_in(cluster: Cluster) -> None:
     cluster.deploy({"num_replicas": 1}, **UPGRADED)  # as the test before has left it
     cluster.settle(1)
     assert answers(f"{cluster.url}/ready")
-    url = f"{cluster.url}/v1/completions"
-    whole = httpx.post(url, json=STREAM, timeout=120).json()["choices"][0]["text"]
-    with httpx.stream("POST", url, json=STREAM | {"stream": True}, timeout=120) as answer:
-        lines = answer.iter_lines()
-        read = [next(lines) for _ in range(4)]
+    with under_way(cluster.url, whole(cluster.url)):
         leaving = threading.Thread(target=drain, args=("mixtral",))
         leaving.start()
         cluster.eventually(lambda: not answers(f"{cluster.url}/ready"), "readiness fails first")
-        late = httpx.post(url, json=STREAM | {"max_tokens": 1}, timeout=60)
+        late = httpx.post(f"{cluster.url}/v1/completions", json=LONG | {"max_tokens": 1}, timeout=60)
         assert late.status_code in (503, 404), late.text  # draining; or the route is gone already
-        read += list(lines)
     leaving.join()
-    assert _text(read) == whole
-    assert read[-1] == "" or read[-1] == "data: [DONE]"
-
-
-def _text(lines: list[str]) -> str:
-    """The text of a stream, however it was cut."""
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])

@@ -113,9 +113,10 @@ def test_without_its_key_a_server_tells_nothing(two_ranks: Server) -> None:
 def test_a_rank_that_dies_costs_no_token(two_ranks: Server) -> None:
     """The stream pauses and goes on: the text is that of a run in which nobody died."""
     before = health(two_ranks)
+    asked = LONG | {"max_tokens": 150}
     with two_ranks.client() as client:
-        undisturbed = client.completions.create(**LONG | {"stream": False}).choices[0].text
-        stream = iter(client.completions.create(**LONG))
+        undisturbed = client.completions.create(**asked | {"stream": False}).choices[0].text
+        stream = iter(client.completions.create(**asked))
         texts = [next(stream).choices[0].text]
         os.kill(before["ranks"][1]["pid"], signal.SIGKILL)
         texts += [chunk.choices[0].text for chunk in stream]
