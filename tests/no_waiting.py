@@ -2,7 +2,7 @@
 
 torch's meta device has shapes and no numbers, so reading one, or asking how many there are that satisfy something,
 fails by itself. What is left to refuse are copies from the host that would wait until the device has done everything
-before them.
+before them, and operators on tensors of both, which a device would refuse too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("meta")
 
@@ -70,6 +71,8 @@ class _Operators(TorchDispatchMode):
         else:
             index = args[1] if name in ("index", "index_put", "index_put_") else ()
             waits = any(isinstance(each, Tensor) and each.dtype == torch.bool for each in index)
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            waits |= any(map(is_on_host, tensors)) and any(x.device == DEVICE for x in tensors)
         if waits:
             raise Waits(str(operator))
         return operator(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from cluster.messages import SamplingParams
 from cluster.sampling import Sampled, choose
-from model import triton_backend
+from model import device_experts, triton_backend
 from model.batch import Batch, SequenceSpan
 from model.config import MixtralConfig
 from model.device_exchange import padded_alone
+from model.device_experts import GroupedProduct, ScaledProduct, plain_product
 from model.exchange import OneRank, SlotLoad
 from model.graphs import PaddedSteps
 from model.kv_cache import KVCache
@@ -26,11 +28,11 @@ from model.logit_rules import History, LogitRules, apply_rules
 from model.mixtral import Mixtral
 from model.modes import Mode
 from model.quantization import QuantizedWeight
-from model.quantized_linear import KernelLinear, QuantizedLinear
+from model.quantized_linear import Fp8Linear, KernelLinear, QuantizedLinear
 from model.sampler import SamplingRow, sample
 from model.shard import Shard
 from model.to_device import numbers
-from model.varlen_attention import flash_attn_attention
+from model.varlen_attention import flash_attn_attention, torch_flash_attention
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
 from tests.no_waiting import DEVICE, NoWaiting, Waits
 from tests.random_model import RandomModel
@@ -40,6 +42,7 @@ pytest.importorskip("triton", reason="the step's kernels are Triton's")
 
 from triton.runtime.interpreter import InterpretedFunction
 
+from model.kernels.weight_tiles import WeightStack
 from model.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,9 +63,9 @@ def there(value: Any) -> Any:
             return PlainLinear(value.weight_OI.to(DEVICE))
         case QuantizedLinear():
             weight = value.weight
-            return KernelLinear(
-                QuantizedWeight(weight.mode, there(weight.packed_OP), there(weight.scale_OG)), torch.float32
-            )
+            moved = QuantizedWeight(weight.mode, there(weight.packed_OP), there(weight.scale_OG))
+            in_fp8 = weight.mode == "fp8" and value._dtype == torch.bfloat16
+            return Fp8Linear(moved) if in_fp8 else KernelLinear(moved, torch.float32)
         case tuple():
             return tuple(map(there, value))
         case ExpertWeights() | BlockWeights() | MixtralWeights():
@@ -70,10 +73,10 @@ def there(value: Any) -> Any:
     return value
 
 
-def tiny(mode: Mode | None, window: int | None) -> tuple[Mixtral, KVCache]:
+def tiny(mode: Mode | None, window: int | None, dtype: torch.dtype = torch.float32) -> tuple[Mixtral, KVCache]:
     config = MixtralConfig.from_dict(CONFIG | SIZES | {"sliding_window": window}, "config.json")
-    weights = there(RandomModel(config, torch.device("cpu"), torch.float32, mode=mode).weights())
-    kv = KVCache(config, Shard(), num_pages=8, page_size=PAGE, dtype=torch.float32, device=DEVICE)
+    weights = there(RandomModel(config, torch.device("cpu"), dtype, mode=mode).weights())
+    kv = KVCache(config, Shard(), num_pages=8, page_size=PAGE, dtype=dtype, device=DEVICE)
     return Mixtral(config, weights), kv
 
 
@@ -97,6 +100,29 @@ def test_a_step_does_not_wait(mode: Mode | None, window: int | None, spans: list
     model.forward(step, kv, exchange)  # what is made once, of a first step, may wait
     with NoWaiting():
         assert model.logits(model.forward(step, kv, exchange)).shape == (len(spans), 384)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensor cores and torch's flash kernels compute is asked of them, in torch's own terms."""
+
+    def grouped(stack: WeightStack, dtype: torch.dtype) -> GroupedProduct | None:
+        return ScaledProduct(stack) if stack.mode == "fp8" else partial(plain_product, stack.packed_EOP.mT)
+
+    monkeypatch.setattr(device_experts, "grouped_product_for", grouped)
+    monkeypatch.setattr(triton_backend, "varlen_attention_for", lambda *_: torch_flash_attention)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("mode", [None, "fp8"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_long_prompt_on_tensor_cores_does_not_wait(mode: Mode | None, window: int | None) -> None:
+    model, kv = tiny(mode, window, torch.bfloat16)
+    step = batch([*DECODES, SequenceSpan(2, 160, 260, ((1, 2),))])
+    model.forward(step, kv, OneRank(4))
+    with NoWaiting():
+        hidden_RD = model.forward(step, kv, OneRank(4))
+    assert (hidden_RD.shape, hidden_RD.dtype) == ((3, 64), torch.bfloat16)
 
 
 def captured(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -186,6 +212,7 @@ def test_rules_and_grammars_wait_once_for_what_was_chosen(monkeypatch: pytest.Mo
         lambda x: x[torch.tensor([0, 1])],
         lambda x: x[x > 0],
         lambda x: x.__setitem__(x > 0, 1.0),
+        lambda x: x.index_select(0, torch.tensor([0, 1])),
     ],
 )
 @pytest.mark.parametrize("inference", [True, False])
