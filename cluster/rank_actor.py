@@ -83,13 +83,18 @@ class RankActor:
     def abort(self, epoch: int) -> None:
         """Call the worker out of its collectives, which nothing else can; returns when it has come.
 
-        Nothing of this epoch begins any more, even if it was asked for before.
+        Nothing of this epoch begins any more, even if it was asked for before. Raises if the device has failed: after
+        an illegal address, say, it answers this process nothing any more, and only another one can take its place.
         """
         self._line.close(epoch)
         if self._membership is not None:
             self._membership.abort()
         self._line.wait_until_empty()
         self._worker.drop_graphs()
+        if self._config.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
 
     def report(self) -> RankReport:
         """What can be said of this process, whatever its worker does or waits for."""

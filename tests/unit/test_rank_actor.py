@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.config import EngineConfig, KVConfig
 from cluster.errors import StepFailed
@@ -82,6 +84,19 @@ def test_after_an_abort_no_graph_keeps_the_group_that_it_has_captured(actor: Ran
     del graphs
     actor.abort(0)
     assert alive() is None
+
+
+def test_who_has_lost_its_device_cannot_be_called_out_and_is_replaced(
+    actor: RankActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    actor.abort(0)
+    actor._config = replace(actor._config, device="cuda")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        actor.abort(0)
 
 
 def test_a_rank_that_waits_for_others_to_join_is_called_back(actor: RankActor, monkeypatch: pytest.MonkeyPatch) -> None:
