@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from cluster.config import ParallelConfig
-from cluster.footprint import COMMUNICATOR_BYTES, Footprint, footprint
+from cluster.footprint import COMMUNICATOR_BYTES, Footprint, footprint, matrix_bytes
 from cluster.placement import even_placement
 from model.checkpoint import load_weights
 from model.config import MixtralConfig, load_config
 from model.kv_cache import KVCache
+from model.modes import Mode
 from model.shard import Shard
 from model.weights import MixtralWeights
+from tests.kernel_cubins import SIZES_8X7B
 from tests.tiny import write_checkpoint
 
 
@@ -75,3 +77,13 @@ def test_graphs_are_planned_where_there_are_any() -> None:
 @pytest.mark.parametrize(("tensor", "data", "groups"), [(1, 1, 0), (2, 1, 1), (1, 2, 1), (2, 2, 2)])
 def test_every_group_of_other_ranks_has_buffers(tensor: int, data: int, groups: int) -> None:
     assert held(ParallelConfig(tensor=tensor, data=data)).communicators == groups * COMMUNICATOR_BYTES
+
+
+@pytest.mark.parametrize(("mode", "gigabytes"), [(None, 94), ("fp8", 48), ("int4", 27), ("nf4", 27)])
+def test_what_mixtral_8x7b_takes(mode: Mode | None, gigabytes: int) -> None:
+    """In four bits it fits a card of 40 GB with a third of it left for pages."""
+    model = MixtralConfig.from_dict(SIZES_8X7B, "config.json")
+    holds = footprint(
+        model, ParallelConfig(), itemsize=2, matrix_bytes=matrix_bytes(mode, 2), max_step_tokens=2048, max_running=256
+    )
+    assert gigabytes - 2 < holds.weights / 1e9 < gigabytes
