@@ -151,19 +151,28 @@ def _gpus() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         found = f"{properties.name}, {_size(properties.total_memory)}, compute {properties.major}.{properties.minor}"
         old = properties.major < 8
-        findings.append(
-            Finding("note" if old else "ok", f"GPU {index}", found, "No bfloat16: --set dtype=float16." if old else "")
-        )
-    findings.append(_optional("triton", "Decoding uses slower kernels: pip install 'mixtral-serve[gpu]'."))
+        advice = "Kernels are for compute 8.0 and later: --set device=cpu." if old else ""
+        findings.append(Finding("bad" if old else "ok", f"GPU {index}", found, advice))
+    return [*findings, *_compilers()]
+
+
+def _compilers() -> list[Finding]:
+    """Kernels for GPUs are compiled when they are first used."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     flash = "Prompts use torch's kernels: pip install --no-build-isolation 'mixtral-serve[flash]'."
-    findings.append(_optional("flash_attn", flash))
-    return findings
+    return [
+        _found("triton", _installed("triton"), "bad", "It compiles the kernels: pip install 'mixtral-serve[gpu]'."),
+        _found("C compiler", compiler, "bad", "Triton needs one, and Python's headers: gcc and python3-dev."),
+        _found("flash_attn", _installed("flash_attn"), "note", flash),
+    ]
 
 
-def _optional(module: str, advice: str) -> Finding:
-    if importlib.util.find_spec(module) is None:
-        return Finding("note", module, "not installed", advice)
-    return Finding("ok", module, "installed")
+def _installed(module: str) -> str | None:
+    return None if importlib.util.find_spec(module) is None else "installed"
+
+
+def _found(what: str, found: str | None, otherwise: State, advice: str) -> Finding:
+    return Finding(otherwise, what, "not there", advice) if found is None else Finding("ok", what, found)
 
 
 def _demo(directory: Path) -> Finding:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deployments import doctor
 from deployments.cli import main
@@ -99,3 +102,18 @@ def test_where_there_is_no_such_thing(tmp_path: Path) -> None:
 def test_a_modern_processor(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n")
     assert doctor._processor(tmp_path / "cpuinfo")[1] == Finding("ok", "CPU features", "avx2, avx512f, avx512_bf16")
+
+
+def test_what_kernels_for_gpus_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (SimpleNamespace(name="a GPU", total_memory=16 << 30, major=major, minor=5) for major in (7, 8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: (old, new)[index])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    found = {finding.what: finding for finding in doctor._gpus()}
+    assert (found["GPU 0"].state, found["GPU 1"].state, found["C compiler"].state) == ("bad", "ok", "bad")
+    assert found["GPU 0"].found == "a GPU, 16.0 GiB, compute 7.5"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    states = {finding.what: finding.state for finding in doctor._compilers()}
+    assert (states["triton"], states["flash_attn"]) == ("bad", "note")
