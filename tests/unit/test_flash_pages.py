@@ -28,6 +28,7 @@ from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="plans name what kernels take")
 
+from model.kernels import paged_decode
 from model.kernels.paged_decode import PageTable
 from model.triton_backend import TritonBackend
 
@@ -115,6 +116,7 @@ def test_a_whole_model_on_pages_of_flash_attn(window: int | None, monkeypatch: p
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(PAGE))
     monkeypatch.setattr(flash_pages, "PAGE_MULTIPLE", PAGE)
     monkeypatch.setattr(triton_backend, "varlen_attention_for", lambda *_: flash_attn_attention)
+    monkeypatch.setattr(paged_decode, "splits_for", lambda *_: 2)  # the interpreter is slow
     small = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48}
     config = MixtralConfig.from_dict(CONFIG | small | {"sliding_window": window}, "config.json")
     weights = RandomModel(config, CPU, torch.float32).weights()
