@@ -131,7 +131,7 @@ def test_half_a_surrogate_pair_is_refused_in_words(text: str, sentencepiece_toke
 
 
 def test_a_long_text_is_encoded_whole(sentencepiece_tokenizer: Tokenizer) -> None:
-    text = "a router looks at every token, 你好 " * 20_000
+    text = "a router looks at every token, 你好 " * 5_000
     assert sentencepiece_tokenizer.decode(sentencepiece_tokenizer.encode(text)) == text
 
 
