@@ -10,6 +10,7 @@ import ray
 
 from deployments.local_ray import OBJECT_STORE_BYTES
 from tests.e2e.server import ENVIRONMENT
+from tests.quiet_ray import QUIET
 
 METRICS = {
     "RAY_metrics_report_interval_ms": "5000",  # for Prometheus; every 10 s otherwise
@@ -20,7 +21,7 @@ METRICS = {
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (ENVIRONMENT | METRICS).items():
+        for name, value in (ENVIRONMENT | QUIET | METRICS).items():
             patch.setenv(name, value)
         ray.init(
             address="local",

@@ -24,6 +24,7 @@ import yaml
 
 from tests.e2e.fleet import Fleet, Kind
 from tests.e2e.server import REPOSITORY, Server, answers, eventually, free_port, mixtral_serve
+from tests.quiet_ray import NO_METRICS, QUIET
 from tests.tiny import write_checkpoint
 
 NAMESPACE = ("unshare", "--map-root-user", "--net")
@@ -79,9 +80,12 @@ def fleet(
     asked = {fixture for item in request.session.items for fixture in item.fixturenames}
     if "each_server" in asked:
         asked |= {"server", "two_ranks"}
-    fleet = Fleet({name: kind for name, kind in kinds.items() if name in asked})
-    yield fleet
-    fleet.end()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (QUIET | NO_METRICS).items():
+            patch.setenv(name, value)
+        fleet = Fleet({name: kind for name, kind in kinds.items() if name in asked})
+        yield fleet
+        fleet.end()
     shutil.rmtree(ray_directory, ignore_errors=True)
 
 

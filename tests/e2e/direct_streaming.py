@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.server import Server, eventually, mixtral_serve
+from tests.e2e.server import Server, answers, eventually, mixtral_serve
 
 MESSAGES: list[Any] = [{"role": "user", "content": "a router looks at"}]
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "the quick", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
@@ -30,6 +30,10 @@ def raise_loopback() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("16sh22x", b"lo", IFF_UP | IFF_RUNNING)
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+
+
+def proxied(server: Server) -> bool:
+    return any("haproxy" in command.split()[0] for command in server.processes().values())
 
 
 def running(server: Server) -> int:
@@ -79,7 +83,8 @@ def main(checkpoint: str) -> None:
     server = mixtral_serve("--model", checkpoint, environment=environment)
     try:
         server.wait_for("answers at")
-        assert any("haproxy" in command.split()[0] for command in server.processes().values())
+        # Serve calls the application ready before its proxy has heard of it.
+        eventually(lambda: proxied(server) and answers(f"{server.url}/ready"), "HAProxy hands requests on", 60)
         with server.client() as client:
             for check in CHECKS:
                 check(server, client)

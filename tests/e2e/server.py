@@ -24,19 +24,8 @@ REPOSITORY = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
 RUN_TIMEOUT_S = 180  # of a command that ends by itself
-# Of Ray under test. Its niceness of 15 would starve the servers, whatever else is tested at the time; the rest is work
-# that nobody here asks for: workers in reserve, a record of every call, samples of all of its processes, a control loop
-# that goes round ten times a second. Together they took half of what a server takes that waits.
-ENVIRONMENT = {
-    "RAY_worker_niceness": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_event_stats": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-NO_METRICS = {"RAY_enable_metrics_collection": "0", "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000"}  # Ray's own
+# Ray's own is 15: whatever else is tested at the time would starve the servers.
+ENVIRONMENT = {"RAY_worker_niceness": "0"}
 
 
 def free_port() -> int:
@@ -72,7 +61,7 @@ class Server:
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env=os.environ | ENVIRONMENT | NO_METRICS | (environment or {}),
+            env=os.environ | ENVIRONMENT | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
