@@ -98,7 +98,9 @@ class TritonBackend:
         return add_norm(x_SD.contiguous(), delta_SD.contiguous(), weight_D, self._config.rms_norm_eps)
 
     def route(self, x_SD: Tensor, router_ED: Tensor) -> Routing:
-        from model.kernels.routing import choose_experts
+        from model.kernels.routing import ROUTED_ROWS, choose_experts, route_rows
 
+        if len(x_SD) <= ROUTED_ROWS:
+            return Routing(*route_rows(x_SD, router_ED, self._config.num_experts_per_tok))
         logits_SE = functional.linear(x_SD, router_ED).float()
         return Routing(logits_SE, *choose_experts(logits_SE, self._config.num_experts_per_tok))

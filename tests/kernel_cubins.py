@@ -99,7 +99,7 @@ class Launches:
         from model.kernels.norm import add_norm, norm
         from model.kernels.rope_write import rope_write
         from model.kernels.round_rows import round_rows
-        from model.kernels.routing import choose_experts
+        from model.kernels.routing import choose_experts, route_rows
         from model.kernels.swiglu import swiglu
 
         config, empty = self.config, self.empty
@@ -112,6 +112,7 @@ class Launches:
         swiglu(empty(4, 2 * config.intermediate_size))
         round_rows(empty(4, D))
         choose_experts(torch.empty(4, E), K)
+        route_rows(x_SD, empty(E, D), K)
         memory = empty(64, G, C), empty(64, G, C)
         for begin in (0, 1):  # where one copy to the device has put them
             slots = int64(5)[begin : begin + 4]

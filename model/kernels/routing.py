@@ -1,6 +1,6 @@
 """Which experts a token goes to, and where each expert's pairs lie, without asking the host.
 
-S: tokens.  E: experts.  K: experts per token.  P: token-expert pairs, S * K.
+S: tokens.  D: model width.  E: experts.  K: experts per token.  P: token-expert pairs, S * K.
 """
 
 from __future__ import annotations
@@ -10,8 +10,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ROUTED_ROWS = 256  # up to which a program for each token takes less than a product, a cast and the choosing do
+COLUMNS = 2048  # of a row that are multiplied at once
 TOKENS = 16  # that one program chooses for
 ONE_PROGRAM = 1 << 14  # pairs times experts that one program sorts; more are sorted by torch
+
+
+def route_rows(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's logits, (S, E), float32 as they are in x's precision, and what choose_experts makes of them.
+
+    A token's do not depend on the tokens beside it: it goes to the same experts alone, in a batch and in a graph.
+    """
+    (S, D), E = x_SD.shape, len(router_ED)
+    assert x_SD.is_contiguous()
+    assert router_ED.is_contiguous()
+    logits_SE = torch.empty(S, E, dtype=torch.float32, device=x_SD.device)
+    expert_SK = torch.empty(S, experts_per_token, dtype=torch.int64, device=x_SD.device)
+    weight_SK = torch.empty(S, experts_per_token, dtype=torch.float32, device=x_SD.device)
+    if S:
+        _route[(S,)](
+            x_SD, router_ED, logits_SE, expert_SK, weight_SK, D, E, K=experts_per_token,
+            PLACES=triton.next_power_of_2(experts_per_token), EXPERTS=triton.next_power_of_2(E),
+            COLUMNS=min(COLUMNS, triton.next_power_of_2(D)), num_warps=8,
+        )  # fmt: skip
+    return logits_SE, expert_SK, weight_SK
 
 
 def choose_experts(logits_SE: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +87,37 @@ def _sort_by_torch(
     return order_P.int(), first
 
 
+@triton.jit
+def _route(
+    x_ptr: tl.tensor,
+    router_ptr: tl.tensor,
+    logits_ptr: tl.tensor,
+    expert_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    D: int,
+    E: int,
+    K: tl.constexpr,
+    PLACES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    products = tl.zeros((EXPERTS, COLUMNS), tl.float32)
+    for start in range(0, D, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        x = tl.load(x_ptr + row.to(tl.int64) * D + column, mask=column < D, other=0.0)
+        router = tl.load(
+            router_ptr + expert[:, None] * D + column, mask=(expert < E)[:, None] & (column < D), other=0.0
+        )
+        products += x.to(tl.float32) * router.to(tl.float32)
+    # Rounded as a product in x's precision is.
+    logits = tl.sum(products, axis=1).to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(logits_ptr + row * E + expert, logits, mask=expert < E)
+    token = tl.full((1, 1), 0, tl.int32) + row
+    _keep_best(logits[None, :], token, row + 1, E, expert_ptr, weight_ptr, K, 1, PLACES, EXPERTS)
+
+
 # Whatever the number of rows, one kernel: a server meets every number.
 @triton.jit(do_not_specialize=["S"])
 def _choose(
@@ -80,8 +133,25 @@ def _choose(
 ) -> None:
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     expert = tl.arange(0, EXPERTS)[None, :]
-    place = tl.arange(0, PLACES)[None, :]
     logits = tl.load(logits_ptr + token * E + expert, mask=(token < S) & (expert < E), other=0.0)
+    _keep_best(logits, token, S, E, expert_ptr, weight_ptr, K, TOKENS, PLACES, EXPERTS)
+
+
+@triton.jit
+def _keep_best(
+    logits: tl.tensor,
+    token: tl.tensor,
+    S: int,
+    E: int,
+    expert_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PLACES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+) -> None:
+    expert = tl.arange(0, EXPERTS)[None, :]
+    place = tl.arange(0, PLACES)[None, :]
     logits = tl.where(expert < E, logits, -float("inf"))
     chosen = tl.zeros((TOKENS, PLACES), tl.int32)
     best = tl.full((TOKENS, PLACES), -float("inf"), tl.float32)

@@ -31,7 +31,7 @@ from model.kernels.paged_decode import PageTable, paged_decode, splits_for
 from model.kernels.quantized_product import quantized_product
 from model.kernels.rope_write import rope_write
 from model.kernels.round_rows import round_rows
-from model.kernels.routing import choose_experts, sort_pairs
+from model.kernels.routing import choose_experts, route_rows, sort_pairs
 from model.kernels.swiglu import swiglu
 from model.kernels.weight_tiles import WeightStack
 
@@ -94,6 +94,19 @@ def test_routing(device: torch.device, rows: int) -> None:
     expected_P, counts = sort_by_expert(expert_SK, E)
     assert torch.equal(order_P.long(), expected_P)
     assert first.diff().tolist() == counts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", BATCHES)
+def test_rows_are_routed_alike_in_every_batch(device: torch.device, dtype: torch.dtype, rows: int) -> None:
+    x_SD, router_ED = random(device, dtype, rows, D), random(device, dtype, E, D, scale=D**-0.5)
+    logits_SE, expert_SK, weight_SK = route_rows(x_SD, router_ED, K)
+    torch.testing.assert_close(logits_SE, x_SD.float() @ router_ED.float().T, **tolerance(dtype))
+    chosen_SK, chosen_weight_SK = choose_experts(logits_SE, K)
+    assert torch.equal(expert_SK, chosen_SK)
+    torch.testing.assert_close(weight_SK, chosen_weight_SK)
+    alone = [route_rows(x_1D, router_ED, K)[0] for x_1D in x_SD[:20].split(1)]
+    assert torch.equal(torch.cat(alone), logits_SE[:20])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
-    "_add_norm", "_choose", "_sort", "_rope_write", "_attend_split", "_merge",
+    "_add_norm", "_choose", "_route", "_sort", "_rope_write", "_attend_split", "_merge",
     "_gate_up", "_down", "_quantized_product", "_swiglu", "_round_rows",
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from model.moe import route
 pytest.importorskip("triton", reason="kernels run in Triton's interpreter")
 
 from model.kernels import routing
-from model.kernels.routing import choose_experts, sort_pairs
+from model.kernels.routing import choose_experts, route_rows, sort_pairs
 
 SHAPES = [(1, 8, 2), (33, 8, 2), (7, 3, 3), (16, 5, 1), (5, 17, 4), (2, 1, 1)]
 
@@ -25,6 +25,28 @@ def test_the_likeliest_experts_and_their_weights(tokens: int, experts: int, per_
     expert_SK, weight_SK = choose_experts(logits_SE, per_token)
     assert torch.equal(expert_SK, expected.expert_SK)
     torch.testing.assert_close(weight_SK, expected.weight_SK)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), SHAPES)
+@pytest.mark.parametrize("width", [16, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_multiplied_and_their_experts_chosen(
+    tokens: int, experts: int, per_token: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "COLUMNS", 32)
+    generator = torch.Generator().manual_seed(tokens)
+    x_SD, router_ED = (torch.randn(rows, width, generator=generator).to(dtype) for rows in (tokens, experts))
+    logits_SE, expert_SK, weight_SK = route_rows(x_SD, router_ED, per_token)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(logits_SE, x_SD.float() @ router_ED.float().T, rtol=tolerance, atol=4 * tolerance)
+    assert torch.equal(logits_SE.to(dtype).float(), logits_SE), "in the rows' precision"
+    chosen_SK, chosen_weight_SK = choose_experts(logits_SE, per_token)
+    assert torch.equal(expert_SK, chosen_SK)
+    torch.testing.assert_close(weight_SK, chosen_weight_SK)
+
+
+def test_no_rows_have_no_experts() -> None:
+    assert [len(x) for x in route_rows(torch.empty(0, 8), torch.randn(4, 8), 2)] == [0, 0, 0]
 
 
 def test_equal_logits_choose_different_experts_the_lowest_first() -> None:
