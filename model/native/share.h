@@ -9,7 +9,8 @@
 #include <stdint.h>
 
 #define FREE 8   // one part in so many is cut into pieces,
-#define PIECES 8 // so many for each thread
+#define PIECES 8 // so many for each thread,
+#define SMALL 64 // unless they cost less than this: then what is read in one go counts for more
 
 typedef struct {
     int64_t first, last; // mine are the tasks that begin between these
@@ -21,8 +22,7 @@ typedef struct {
 // `given` is 0 before the first thread asks, and the same for all.
 static inline Share share_of(int64_t total, int64_t *given) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t free = threads > 1 ? total - total / FREE : total;
-    const int64_t piece = total / FREE / PIECES / threads + 1;
+    const int64_t piece = total / FREE / PIECES / threads, free = piece < SMALL ? total : total - total / FREE;
     return (Share){free * thread / threads, free * (thread + 1) / threads, 0, free, piece, given};
 }
 
