@@ -4,7 +4,7 @@
                                                takes: bytes of code, shared memory and stack, registers of a thread
 
 As 8x7B does in bfloat16: every kernel in every mode of weights, in two tilings; and in float32, as the demo model does,
-with plain weights. With --whole as 8x7B and 8x22B do, in every precision, mode and tiling.
+with plain weights. With --whole in every precision, mode and tiling, and as 8x22B does in bfloat16.
 
 A process of its own: Triton decides as it is imported whether kernels are interpreted.
 """
@@ -30,6 +30,7 @@ from model.modes import Mode, weights_per_byte
 CAPABILITY = 90
 EVERY_TILING = (1, 64, 128, 1024)  # tokens of a step
 TWO_TILINGS = (1, 128)  # one deeper than a group of weights that share a scale, one as deep
+EVERY_SPLIT = (8, 16, 32, 64)
 MODES: tuple[Mode, ...] = get_args(Mode)
 SIZES_8X7B = {
     "model_type": "mixtral",
@@ -178,11 +179,9 @@ def quickly() -> list[Launches]:
 
 
 def whole() -> list[Launches]:
-    return [
-        Launches(MixtralConfig.from_dict(sizes, "config.json"), dtype, EVERY_TILING, splits=(8, 16, 32, 64))
-        for sizes in (SIZES_8X7B, SIZES_8X22B)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    ]
+    large, larger = (MixtralConfig.from_dict(sizes, "config.json") for sizes in (SIZES_8X7B, SIZES_8X22B))
+    models = [(large, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    return [Launches(*model, EVERY_TILING, splits=EVERY_SPLIT) for model in [*models, (larger, torch.bfloat16)]]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
