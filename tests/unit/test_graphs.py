@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.config import MixtralConfig
 from model.device_exchange import padded_alone
 from model.exchange import OneRank, SlotLoad
-from model.graphs import PaddedSteps
+from model.graphs import CudaCapture, PaddedSteps
 from model.kv_cache import KVCache
 from model.mixtral import Mixtral
 from model.shard import Shard
@@ -109,3 +115,31 @@ def test_texts_may_list_more_pages_than_there_are(rig: Rig) -> None:
     [span] = batch.spans
     longest = replace(batch, spans=(replace(span, runs=(*span.runs, *[(9, 1)] * 15)),))
     assert torch.equal(rig.graphs.replay(longest, 4, [1]), rig.graphs.replay(batch, 4, [1]))
+
+
+def test_a_capture_computes_once_before_and_leaves_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch is asked for, in its own terms; a GPU is where it is done."""
+    done: list[str] = []
+    capturing = inspect.signature(torch.cuda.graph)
+
+    @contextmanager
+    def capture(*arguments: Any, **options: Any) -> Iterator[None]:
+        asked = capturing.bind(*arguments, **options).arguments
+        assert asked["pool"] == "the pool of all its graphs"
+        assert asked["capture_error_mode"] == "thread_local"
+        done.append("capture")
+        yield
+        done.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool of all its graphs")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replay")))
+
+    def compute() -> Tensor:
+        done.append("compute")
+        return torch.zeros(1)
+
+    replay, _ = CudaCapture()(compute)
+    replay()
+    assert done == ["compute", "wait", "capture", "compute", "captured", "replay"]
