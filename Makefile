@@ -55,7 +55,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard model/native/*.[ch])
 # On a machine with a GPU, its own Python with torch, triton, transformers and pytest: no network, no virtual environment.
 # Tests that fail, hang or take too long do not keep the bench from running; together they end within ten minutes.
 TESTS_WITHIN ?= 4m
-BENCH_WITHIN_S ?= 280
+BENCH_WITHIN_S ?= 260
 REPORT ?= docs/gpu
 gpu-report:
 	timeout --foreground --signal=INT --kill-after=30s $(TESTS_WITHIN) \

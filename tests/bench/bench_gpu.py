@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,1024,2048,4096,8192")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each text in a decode step")
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--within", type=float, default=280.0, help="seconds for all of it")
+    parser.add_argument("--within", type=float, default=260.0, help="seconds for all of it")
     parser.add_argument("--page-size", type=int, default=16, help="256: read by flash-attn, where it is installed")
     parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, help="directory for the table and the picture")
