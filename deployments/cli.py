@@ -25,7 +25,7 @@ from deployments.collectives import MAX_RANKS, examine_collectives
 from deployments.config_file import ConfigFile, HttpOptions, read_config_file
 from deployments.doctor import examine, page
 from deployments.layout import Machine
-from deployments.local_ray import access_log_here, drain, in_one_sentence, own_ray, why_it_failed
+from deployments.local_ray import access_log_here, drain, in_one_sentence, own_ray, wait_until_routed, why_it_failed
 from deployments.resolve import Resolved, resolve
 from deployments.settings import Auth, Settings, SettingsError, environment, load
 
@@ -108,6 +108,7 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
         except RuntimeError as error:
             raise SettingsError(f"the model could not be started: {why_it_failed(name) or error}") from None
         try:
+            wait_until_routed(_host(address), address.port, route_prefix)
             print(f"\n{greeting(resolved, address, route_prefix)}", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -164,7 +165,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str:
     """What to paste next."""
-    host = "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104
+    host = _host(address)
     host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{address.port}{route_prefix.rstrip('/')}"
     auth = resolved.settings.auth
@@ -177,6 +178,11 @@ def greeting(resolved: Resolved, address: HttpOptions, route_prefix: str) -> str
         f"{resolved.model_names[0]} answers at {url} (Ctrl-C ends it). Try:\n\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n"
     )
+
+
+def _host(address: HttpOptions) -> str:
+    """Where this machine finds itself."""
+    return "127.0.0.1" if address.host in ("0.0.0.0", "::") else address.host  # noqa: S104
 
 
 def _check_port_free(address: HttpOptions) -> None:

@@ -16,13 +16,18 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from time import monotonic, sleep
 from types import FrameType
 
 from deployments.settings import SettingsError
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
 TELL_TIMEOUT_S = 5.0
+ROUTED_WITHIN_S = 30.0
+LOOK_AGAIN_S = 0.02
 PIPE_ENDS = "\n"  # no line of the log is empty
 
 
@@ -120,6 +125,22 @@ def why_it_failed(application: str) -> str | None:
         if lines:
             return lines[-1].partition(": ")[2]
     return None
+
+
+def wait_until_routed(host: str, port: int, route_prefix: str) -> None:
+    """Serve calls an application running before its proxy, HAProxy above all, has heard of it."""
+    deadline = monotonic() + ROUTED_WITHIN_S
+    while not _ready(host, port, f"{route_prefix.rstrip('/')}/ready") and monotonic() < deadline:
+        sleep(LOOK_AGAIN_S)
+
+
+def _ready(host: str, port: int, path: str) -> bool:
+    with contextlib.closing(HTTPConnection(host, port, timeout=TELL_TIMEOUT_S)) as connection:
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == HTTPStatus.OK
+        except (OSError, HTTPException):
+            return False
 
 
 def drain(application: str) -> None:

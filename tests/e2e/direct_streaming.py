@@ -83,8 +83,8 @@ def main(checkpoint: str) -> None:
     server = mixtral_serve("--model", checkpoint, environment=environment)
     try:
         server.wait_for("answers at")
-        # Serve calls the application ready before its proxy has heard of it.
-        eventually(lambda: proxied(server) and answers(f"{server.url}/ready"), "HAProxy hands requests on", 60)
+        assert proxied(server)
+        assert answers(f"{server.url}/ready"), "the command said so before HAProxy knew"
         with server.client() as client:
             for check in CHECKS:
                 check(server, client)

@@ -1,16 +1,19 @@
-"""The pipe through which replicas reach this terminal. Starting and ending a Ray is tested end to end."""
+"""The pipe through which replicas reach this terminal, and when a server is said to answer. Starting and ending a Ray
+is tested end to end."""
 
 from __future__ import annotations
 
 import io
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from deployments.access_log import STDOUT, keep, logger
-from deployments.local_ray import access_log_here, in_one_sentence
+from deployments.local_ray import access_log_here, in_one_sentence, wait_until_routed
 from deployments.settings import SettingsError
 
 
@@ -50,3 +53,31 @@ def test_a_ray_that_does_not_start_is_said_in_one_sentence(error: Exception) -> 
         raise error
     with pytest.raises(KeyboardInterrupt), in_one_sentence():
         raise KeyboardInterrupt
+
+
+def test_a_server_answers_once_its_proxy_knows_the_application() -> None:
+    asked: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response({1: 404, 2: 503}.get(len(asked), 200))
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nobody reads it."""
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            wait_until_routed("127.0.0.1", server.server_port, "/prefix")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert asked == ["/prefix/ready"] * 3
+
+
+def test_a_server_that_nobody_can_ask_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.local_ray.ROUTED_WITHIN_S", 0.05)
+    wait_until_routed("127.0.0.1", 9, "/")
