@@ -34,6 +34,8 @@ from model.shard import Shard
 from model.to_device import numbers
 from model.varlen_attention import flash_attn_attention, torch_flash_attention
 from model.weights import BlockWeights, ExpertWeights, MixtralWeights
+from tests import random_model
+from tests.kernel_cubins import SIZES_8X7B
 from tests.no_waiting import DEVICE, NoWaiting, Waits
 from tests.random_model import RandomModel
 from tests.tiny import CONFIG
@@ -51,7 +53,13 @@ PAGE, SIZES = 256, {"intermediate_size": 128, "vocab_size": 384}
 
 @pytest.fixture(autouse=True)
 def kernels_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **options: None)
+    """But they are launched with what a device takes: tensors of its own, and no more programs than there can be."""
+
+    def launch(kernel: InterpretedFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        assert all(x.device == DEVICE for x in args if isinstance(x, Tensor))
+        assert all(0 < count <= limit for count, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=False))
+
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
 
 
 def there(value: Any) -> Any:
@@ -65,7 +73,7 @@ def there(value: Any) -> Any:
             weight = value.weight
             moved = QuantizedWeight(weight.mode, there(weight.packed_OP), there(weight.scale_OG))
             in_fp8 = weight.mode == "fp8" and value._dtype == torch.bfloat16
-            return Fp8Linear(moved) if in_fp8 else KernelLinear(moved, torch.float32)
+            return Fp8Linear(moved) if in_fp8 else KernelLinear(moved, value._dtype)
         case tuple():
             return tuple(map(there, value))
         case ExpertWeights() | BlockWeights() | MixtralWeights():
@@ -107,7 +115,12 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """What tensor cores and torch's flash kernels compute is asked of them, in torch's own terms."""
 
     def grouped(stack: WeightStack, dtype: torch.dtype) -> GroupedProduct | None:
-        return ScaledProduct(stack) if stack.mode == "fp8" else partial(plain_product, stack.packed_EOP.mT)
+        match stack.mode:
+            case "plain":
+                return partial(plain_product, stack.packed_EOP.mT)
+            case "fp8":
+                return ScaledProduct(stack)
+        return None
 
     monkeypatch.setattr(device_experts, "grouped_product_for", grouped)
     monkeypatch.setattr(triton_backend, "varlen_attention_for", lambda *_: torch_flash_attention)
@@ -123,6 +136,22 @@ def test_a_long_prompt_on_tensor_cores_does_not_wait(mode: Mode | None, window: 
     with NoWaiting():
         hidden_RD = model.forward(step, kv, OneRank(4))
     assert (hidden_RD.shape, hidden_RD.dtype) == ((3, 64), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("mode", [None, "fp8", "int4"])
+def test_steps_of_full_size_are_what_kernels_and_torch_take(mode: Mode | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of Mixtral 8x7B: 256 texts decoded and a long prompt at once; memory is none."""
+    monkeypatch.setattr(random_model.torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(Tensor, "normal_", lambda x, **options: x)
+    config = MixtralConfig.from_dict(SIZES_8X7B | {"num_hidden_layers": 1}, "config.json")
+    weights = there(RandomModel(config, DEVICE, torch.bfloat16, mode=mode).weights())
+    kv = KVCache(config, Shard(), num_pages=1 << 15, page_size=16, dtype=torch.bfloat16, device=DEVICE)
+    decodes = [SequenceSpan(row, 1, 1000 + row, ((80 * row, 79),)) for row in range(256)]
+    model = Mixtral(config, weights)
+    for spans in (decodes, [*decodes, SequenceSpan(256, 8192, 8192, ((30000, 512),))]):
+        logits_RV = model.logits(model.forward(batch(spans), kv, OneRank(8)))
+        assert (logits_RV.shape, logits_RV.dtype) == ((len(spans), 32000), torch.float32)
 
 
 def captured(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
