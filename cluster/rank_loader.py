@@ -100,10 +100,13 @@ class RankLoader:
         return max(0, self._free_bytes() - (self._holds.beside if self.device.type == "cuda" else 0))
 
     def _refuse_what_is_too_large(self) -> None:
-        lacks = self._holds.weights - self._free_bytes()
+        needed = self._holds.weights
+        if self.device.type == "cuda":  # one block's experts exist twice while they are put together
+            needed += self._holds.experts // self.model_config.num_hidden_layers
+        lacks = needed - self._free_bytes()
         if lacks > 0:
             raise EngineError(
-                f"rank {self._rank}'s weights take {self._holds.weights} bytes and its {self.device.type} lacks "
+                f"rank {self._rank}'s weights take {needed} bytes and its {self.device.type} lacks "
                 f"{lacks} of them: use more ranks or a quantization (mixtral-serve plan compares them)"
             )
 
