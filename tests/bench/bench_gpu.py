@@ -125,24 +125,25 @@ class Bench:
         room = max(self.context, -(-max(self.prompts) // max(self.batches)))
         ours = Ours(self.config, self.device, weights, max_batch=max(self.batches), room=room, page_size=self.page_size)
         self.report.add(f"# {name}: weights take {weights.nbytes / 1e9:.1f} GB")
-        if mode is None:
-            self._compare(ours)
 
         def add(work: str, size: int, seconds: float, floor: float, without_graph: float | None = None) -> None:
             beside = theirs.get((work, size)) if mode is None else None
             self.report.add(Line(name, work, size, seconds, floor, without_graph, theirs=beside))
 
-        batches = {size: ours.decode_batch(size, self.context) for size in self._in_time(name, "decode", self.batches)}
-        plain = {size: timed(partial(ours.step, batch), self.device, self.turns) for size, batch in batches.items()}
-        touched = {size: ours.experts_touched(batch) for size, batch in batches.items()}
-        captured = self._capture(name, ours, list(batches))
-        for size in self._in_time(name, "decode", list(batches)):
-            seconds = timed(partial(ours.step, batches[size]), self.device, 2 * self.turns)
-            floor = geometry.decode_floor(self.machine, size, self.context, touched[size])
+        plain: dict[int, float] = {}
+        for size in self._in_time(name, "decode", self.batches):
+            plain[size] = timed(partial(ours.step, ours.decode_batch(size, self.context)), self.device, self.turns)
+        captured = self._capture(name, ours, list(plain))
+        for size in self._in_time(name, "decode", list(plain)):
+            batch = ours.decode_batch(size, self.context)
+            seconds = timed(partial(ours.step, batch), self.device, 2 * self.turns)
+            floor = geometry.decode_floor(self.machine, size, self.context, ours.experts_touched(batch))
             add("decode", size, seconds, floor, plain[size] if captured else None)
         for length in self._in_time(name, "prefill", self.prompts):
             seconds = timed(partial(ours.step, ours.prefill_batch(length)), self.device, self.turns)
             add("prefill", length, seconds, geometry.prefill_floor(self.machine, length))
+        if mode is None:
+            self._compare(ours)
 
     def _capture(self, name: str, ours: Ours, sizes: Sequence[int]) -> bool:
         """Where graphs cannot be, steps are measured without."""

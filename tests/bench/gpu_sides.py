@@ -43,9 +43,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(work: Callable[[], object], device: torch.device, turns: int) -> float:
-    """Median seconds of so many turns, or of as many as end within a few seconds; the first is thrown away."""
+    """Median seconds of so many turns, or of as many as end within a few seconds.
+
+    The first, which may compile kernels, is thrown away.
+    """
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) <= turns and sum(seconds) < WITHIN_S):
+    while len(seconds) < 2 or (len(seconds) <= turns and sum(seconds[1:]) < WITHIN_S):
         synchronize(device)
         start = perf_counter()
         work()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from tests.bench import bench_gpu
+from tests.bench import bench_gpu, gpu_sides
 from tests.bench.bench_gpu import Allowance, Bench
 from tests.bench.gpu_table import THEIRS, Line, Report
 from tests.bench.picture import COLORS, HEIGHT, PANEL_WIDTH, Curve, Panel, draw
@@ -178,6 +178,18 @@ def test_without_graphs_steps_are_measured_all_the_same(tmp_path: Path) -> None:
     some = bench(tmp_path)
     assert not some._capture("bfloat16", SimpleNamespace(capture=capture), [1, 2])  # type: ignore[arg-type]
     assert "capturing graphs failed" in (tmp_path / "speed.txt").read_text()
+
+
+def test_what_the_first_turn_compiles_takes_no_time_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, takes = 0.0, iter([100.0, 3.0, 1.0, 2.0, 9.0])
+    monkeypatch.setattr(gpu_sides, "perf_counter", lambda: now)
+
+    def work() -> None:
+        nonlocal now
+        now += next(takes)
+
+    assert gpu_sides.timed(work, CPU, turns=2) == 2.0
+    assert gpu_sides.timed(work, CPU, turns=5) == 9.0, "nine seconds are more than it has"
 
 
 def test_every_side_has_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
