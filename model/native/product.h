@@ -51,9 +51,12 @@ INLINE void multiply(const int M, const bf16 *x, int64_t x_stride, int64_t I, Pa
         _mm_prefetch(right_next, _MM_HINT_T1);
         left_next += fetch;
         right_next += fetch;
+        int64_t at = i;
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
-            const __m512bh pair = told_to_all(x + m * x_stride + i);
+            const __m512bh pair = told_to_all(x + at);
+            at += x_stride;
+            asm("" : "+r"(at)); // one sum, not an address for each row: for 12 there are no registers
             a[m] = _mm512_dpbf16_ps(a[m], pair, w_left);
             b[m] = _mm512_dpbf16_ps(b[m], pair, w_right);
         }
