@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cluster.config import EngineConfig
-from cluster.ray_rank import CONCURRENCY, Place, RayRank, ended, failed
+from cluster.ray_rank import OF_EVERY_RANK, Place, RayRank, ended, failed
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,6 @@ class Standbys:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return ray.remote(  # type: ignore[call-overload]
-            num_cpus=0,
-            max_restarts=0,
-            concurrency_groups=CONCURRENCY,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        )(RayRank).remote(self._config)
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = OF_EVERY_RANK | {"num_cpus": 0, "scheduling_strategy": here}
+        return ray.remote(**options)(RayRank).remote(self._config)

@@ -25,6 +25,10 @@ from types import FrameType
 from deployments.settings import SettingsError
 
 OBJECT_STORE_BYTES = 128 << 20  # nothing large travels through it; Ray's default takes a third of the memory
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it says so only to who starts Ray: nobody here would know
+    "RAY_task_events_report_interval_ms": "0",  # records of calls for a dashboard, and there is none
+}
 TELL_TIMEOUT_S = 5.0
 ROUTED_WITHIN_S = 30.0
 LOOK_AGAIN_S = 0.02
@@ -39,7 +43,7 @@ def own_ray() -> Iterator[Path]:
 
     # Not below TMPDIR: paths of sockets may have 107 characters, and Ray's own part takes most of them.
     directory = Path(tempfile.mkdtemp(prefix="mixtral-", dir="/tmp"))
-    for name, value in _direct_streaming(directory / "proxy").items():
+    for name, value in (QUIET | _direct_streaming(directory / "proxy")).items():
         os.environ.setdefault(name, value)
     for logger in ("ray", "ray.serve"):
         logging.getLogger(logger).setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ is tested end to end."""
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
+from deployments import local_ray
 from deployments.access_log import STDOUT, keep, logger
-from deployments.local_ray import access_log_here, in_one_sentence, wait_until_routed
+from deployments.local_ray import access_log_here, in_one_sentence, own_ray, wait_until_routed
 from deployments.settings import SettingsError
 
 
@@ -53,6 +56,24 @@ def test_a_ray_that_does_not_start_is_said_in_one_sentence(error: Exception) -> 
         raise error
     with pytest.raises(KeyboardInterrupt), in_one_sentence():
         raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray Serve's own
+@pytest.mark.parametrize("said", [None, "1"])
+def test_nothing_is_reported_to_others_unless_asked_for(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def init(**_: object) -> None:
+        seen.append(os.environ["RAY_USAGE_STATS_ENABLED"])
+        raise RuntimeError("enough")
+
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_USAGE_STATS_ENABLED"}
+    monkeypatch.setattr(os, "environ", environment | ({} if said is None else {"RAY_USAGE_STATS_ENABLED": said}))
+    monkeypatch.setattr(local_ray, "_treat_as_interrupt", lambda *_: None)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SettingsError, match="enough"), own_ray():
+        pass
+    assert seen == [said or "0"]
 
 
 def test_a_server_answers_once_its_proxy_knows_the_application() -> None:
