@@ -155,14 +155,18 @@ class Machine:
         return 2 * N**3 / min(timed(partial(linear, x_NN), clock) for _ in range(9))
 
     def floor(self, ours: Ours, rows: int, streams: int, dtype: torch.dtype) -> float:
-        """Seconds of the step just made: of so many rows, and one row of logits for every stream."""
+        """Seconds of the step just made: of so many rows, and one row of logits for every stream.
+
+        Keys and values are made of all rows, queries of those that are routed: in the last block, of the wanted ones.
+        """
         D, F, V = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
         Q, G = SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
-        attention = D * (D + 2 * G * D // Q) + D * D
+        query_and_output, key_and_value = 2 * D * D, D * 2 * G * D // Q
         touched = multiplied = 0
         for routing in ours.routings:
-            touched += attention + len(routing.expert_SK.unique()) * 3 * D * F
-            multiplied += rows * attention + routing.expert_SK.numel() * 3 * D * F
+            touched += query_and_output + key_and_value + len(routing.expert_SK.unique()) * 3 * D * F
+            multiplied += len(routing.expert_SK) * query_and_output + rows * key_and_value
+            multiplied += routing.expert_SK.numel() * 3 * D * F
         touched, multiplied = touched + V * D, multiplied + streams * V * D
         return max(touched * dtype.itemsize / self.bandwidth, 2 * multiplied / self.speed)
 
@@ -237,7 +241,9 @@ def main() -> None:
         for side in step_sides.values():  # once for caches and allocators
             side.start(tokens_BL[:, :1], room)
         prompts = {name: partial(side.start, tokens_BL, room) for name, side in prompt_sides.items()}
+        ours.spent.clear()
         seconds = medians(prompts, 5, clock)
+        spent[f"prefill {streams:>4}"] = dict(ours.spent)
         last = min(streams, max(1, STEP_TOKENS // args.prompt))
         floor = machine.floor(ours, last * args.prompt, last, dtype) * streams / last
         print(f"prefill {streams:>4}{shown(seconds, streams * args.prompt, floor)}", flush=True)
@@ -245,13 +251,13 @@ def main() -> None:
             batched.start(tokens_BL, room)
         ours.spent.clear()
         seconds = medians({name: side.step for name, side in step_sides.items()}, args.steps, clock)
-        spent[streams] = dict(ours.spent)
+        spent[f"decode  {streams:>4}"] = dict(ours.spent)
         floor = machine.floor(ours, streams, streams, dtype)
         print(f"decode  {streams:>4}{shown(seconds, streams, floor)}", flush=True)
-    print("where a decode step's time goes, in percent")
-    for streams, stages in spent.items():
+    print("where our time goes, in percent")
+    for work, stages in spent.items():
         parts = "  ".join(f"{stage} {100 * time / sum(stages.values()):.1f}" for stage, time in stages.items())
-        print(f"{streams:>12}  {parts}")
+        print(f"{work}  {parts}")
 
 
 if __name__ == "__main__":
