@@ -8,7 +8,6 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -100,23 +99,21 @@ async def test_one_process_and_one_actor_give_the_same_text(
 async def test_two_actors_give_the_same_text_also_when_one_dies_while_they_start(
     checkpoint: Path, undisturbed: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups: list[RayGroup] = []
+    form, victims = RayGroup._form, list[int]()
 
-    def group(*arguments: Any, **options: Any) -> RayGroup:
-        groups.append(RayGroup(*arguments, **options))
-        return groups[0]
+    def form_without_one(group: RayGroup) -> None:
+        if not victims:
+            victims.append(max(rank.pid for rank in group.ranks()))
+            os.kill(victims[0], signal.SIGKILL)
+        form(group)
 
-    monkeypatch.setattr("cluster.launch.RayGroup", group)
-    starting = asyncio.ensure_future(launch(config(checkpoint, 2)))
-    await _until(lambda: groups and any(rank.pid for rank in groups[0].ranks()), seconds=60)
-    victim = max(rank.pid for rank in groups[0].ranks())
-    os.kill(victim, signal.SIGKILL)
-    two_actors = await starting
+    monkeypatch.setattr(RayGroup, "_form", form_without_one)
+    two_actors = await launch(config(checkpoint, 2))
     try:
         ranks = two_actors.ranks()
         assert [rank.rank for rank in ranks] == [0, 1]
         assert {rank.state for rank in ranks} == {"ready"}
-        assert not {os.getpid(), victim} & {rank.pid for rank in ranks}
+        assert not {os.getpid(), *victims} & {rank.pid for rank in ranks}
         assert await answers(two_actors) == undisturbed[0]
         assert two_actors.stats().recoveries == 0, "the start was tried again"
     finally:
