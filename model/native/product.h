@@ -101,8 +101,8 @@ INLINE void strip(int64_t M, const bf16 *x, int64_t x_stride, int64_t I, Panels 
 
 // Rows that stay in the caches while all panels pass by: of more than these, parts as even as can be.
 INLINE int64_t rows_at_once(int64_t rows, int64_t I) {
-    const int64_t fitting = (2 << 20) / (I * sizeof(bf16)) + TILE_ROWS, most = fitting < MANY_ROWS ? fitting : MANY_ROWS;
-    const int64_t parts = (rows + most - 1) / most;
+    const int64_t fitting = (2 << 20) / (I * sizeof(bf16)) + TILE_ROWS;
+    const int64_t most = fitting < MANY_ROWS ? fitting : MANY_ROWS, parts = (rows + most - 1) / most;
     return parts < 2 ? rows : (rows / parts / TILE_ROWS + 1) * TILE_ROWS;
 }
 
