@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROUTED_ROWS = 256  # up to which a program for each token takes less than a product, a cast and the choosing do
-COLUMNS = 2048  # of a row that are multiplied at once
+PRODUCTS = 1 << 14  # that a program has in its registers: of all experts with as many columns as that gives
 TOKENS = 16  # that one program chooses for
 ONE_PROGRAM = 1 << 14  # pairs times experts that one program sorts; more are sorted by torch
 
@@ -27,11 +27,12 @@ def route_rows(x_SD: Tensor, router_ED: Tensor, experts_per_token: int) -> tuple
     logits_SE = torch.empty(S, E, dtype=torch.float32, device=x_SD.device)
     expert_SK = torch.empty(S, experts_per_token, dtype=torch.int64, device=x_SD.device)
     weight_SK = torch.empty(S, experts_per_token, dtype=torch.float32, device=x_SD.device)
+    experts = triton.next_power_of_2(E)
     if S:
         _route[(S,)](
             x_SD, router_ED, logits_SE, expert_SK, weight_SK, D, E, K=experts_per_token,
-            PLACES=triton.next_power_of_2(experts_per_token), EXPERTS=triton.next_power_of_2(E),
-            COLUMNS=min(COLUMNS, triton.next_power_of_2(D)), num_warps=8,
+            PLACES=triton.next_power_of_2(experts_per_token), EXPERTS=experts,
+            COLUMNS=min(PRODUCTS // experts, triton.next_power_of_2(D)), num_warps=8,
         )  # fmt: skip
     return logits_SE, expert_SK, weight_SK
 

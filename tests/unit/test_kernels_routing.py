@@ -33,7 +33,7 @@ def test_the_likeliest_experts_and_their_weights(tokens: int, experts: int, per_
 def test_rows_are_multiplied_and_their_experts_chosen(
     tokens: int, experts: int, per_token: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "COLUMNS", 32)
+    monkeypatch.setattr(routing, "PRODUCTS", 32 * (1 << (experts - 1).bit_length()))  # two parts of 48
     generator = torch.Generator().manual_seed(tokens)
     x_SD, router_ED = (torch.randn(rows, width, generator=generator).to(dtype) for rows in (tokens, experts))
     logits_SE, expert_SK, weight_SK = route_rows(x_SD, router_ED, per_token)
@@ -43,6 +43,14 @@ def test_rows_are_multiplied_and_their_experts_chosen(
     chosen_SK, chosen_weight_SK = choose_experts(logits_SE, per_token)
     assert torch.equal(expert_SK, chosen_SK)
     torch.testing.assert_close(weight_SK, chosen_weight_SK)
+
+
+def test_however_many_experts_there_are_a_program_holds_what_it_can() -> None:
+    """4,096 are as many as a model may have; of a row, as many columns are taken at once as there is room for."""
+    x_SD, router_ED = torch.randn(2, 512), torch.randn(4096, 512)
+    logits_SE, expert_SK, _ = route_rows(x_SD, router_ED, 2)
+    torch.testing.assert_close(logits_SE, x_SD @ router_ED.T, rtol=1e-5, atol=1e-3)
+    assert torch.equal(expert_SK, logits_SE.topk(2).indices)
 
 
 def test_no_rows_have_no_experts() -> None:
