@@ -42,12 +42,13 @@ format: $(READY)
 setup: $(READY)
 
 # Anew whenever what is to be installed changes. torch by pip, which takes whatever wheel the machine is configured to
-# find. All else by uv, in a third of the time; by pip where uv finds no way, as with a mirror that only pip was told of.
+# find. All else by uv, in a third of the time; by pip where there is no uv, or where it finds no way, as with a mirror
+# that only pip was told of.
 # Nothing is byte-compiled here: Python does it as it imports, and four files of five are never imported.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
 $(READY): pyproject.toml constraints.txt $(wildcard model/native/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch uv
+	$(PIP) torch uv || $(PIP) torch
 	UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL} \
 		$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]" || $(PIP) -e ".[dev]"
 	touch $(READY)
