@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from difflib import get_close_matches
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -19,6 +20,7 @@ from deployments.experts import Experts
 from deployments.generation import Generation
 from deployments.live import Live
 from deployments.metrics import Metrics
+from deployments.openapi import PATHS
 from deployments.pooling import Poolers
 from deployments.prompts import Prompts
 from deployments.resolve import Resolved
@@ -91,9 +93,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     route = f"{request.method} {request.url.path[:80]}"
     if error.status_code == 404:
-        return ApiError(404, f"There is no route {route}.", code="route_not_found").response()
-    response = ApiError(error.status_code, f"{route}: {error.detail}.").response()
-    response.headers.update(error.headers or {})
+        nearest = get_close_matches(request.url.path[:80], PATHS, n=1, cutoff=0.75)
+        instead = f"did you mean {nearest[0]}?" if nearest else "GET /openapi.json lists those that there are."
+        return ApiError(404, f"There is no route {route}; {instead}", code="route_not_found").response()
+    headers = error.headers or {}
+    possible = f" is not possible; use {headers['Allow']}" if "Allow" in headers else f": {error.detail}"
+    response = ApiError(error.status_code, f"{route}{possible}.").response()
+    response.headers.update(headers)
     return response
 
 

@@ -58,7 +58,7 @@ async def read_json(request: Request, timeout_s: float = TIMEOUT_S) -> dict[str,
     except TimeoutError:
         raise invalid(f"The body did not arrive within {timeout_s:g} s.") from None
     try:
-        value = json.loads(body.decode(), parse_constant=_not_a_number)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_not_a_number)
         if b"\\ud" in body.lower():  # may be half of a surrogate pair, which no tokenizer can encode
             json.dumps(value, ensure_ascii=False).encode()
         if _is_deep(value, body):

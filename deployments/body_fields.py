@@ -45,8 +45,9 @@ def parse(kind: type[BodyT], fields: Mapping[str, Any]) -> BodyT:
         neutral = kind.neutral[name]
         # type(): False is not the neutral value 0, whatever == says.
         if not any(value == one and (type(value) is bool) is (type(one) is bool) for one in neutral):
-            allowed = " or ".join(["leave it out", *(f"use {json.dumps(one)}" for one in neutral)])
-            raise invalid(f"{name}: {json.dumps(value)[:60]} is not possible in this version; {allowed}.", name)
+            allowed = f", or use {' or '.join(map(json.dumps, neutral))}" if neutral else ""
+            asked = json.dumps(value)[:60]
+            raise invalid(f"{name}: {asked} is not possible in this version; leave it out{allowed}.", name)
     try:
         return kind.model_validate(given)
     except ValidationError as error:

@@ -103,6 +103,8 @@ _GETS: Mapping[str, tuple[str, Json]] = {
     "/ready": ("Whether requests should be sent here.", _answer(status=_TEXT)),
 }
 
+PATHS = (*_POSTS, *_GETS, "/v1/experts/rebalance")
+
 
 def document() -> Json:
     schemas: Json = {"Error": _ERROR}

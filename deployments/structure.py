@@ -58,8 +58,10 @@ class ResponseFormat(Body):
 
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> ResponseFormat:
-        if (self.type == "json_schema") is (self.json_schema is None):
-            raise ValueError("json_schema belongs to type json_schema, and to no other")
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is required with type json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema belongs to type json_schema, not {self.type}")
         return self
 
     def grammar(self) -> Grammar | None:

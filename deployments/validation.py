@@ -6,12 +6,16 @@ Used for the configuration file and for request bodies. Knows neither.
 from __future__ import annotations
 
 import inspect
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import get_args
 
 from pydantic import BaseModel, ValidationError
+
+# What pydantic's sentences say of itself and Python's classes: the name of the field stands before them.
+_OF_PYDANTIC = re.compile(r"^(Input|List|String|Dictionary) | after validation, not \d+$| or instance of \w+$")
 
 
 def describe(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str]:
@@ -25,9 +29,15 @@ def describe(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str]:
         return path, f"{path} is required."
     if first["type"] == "value_error":  # raised by a validator of ours, whose sentence says it all
         message = first["msg"].removeprefix("Value error, ")
-        return path, f"{path}: {message}." if path else f"{message}."
-    message = first["msg"].removeprefix("Input ").rstrip(".")
+        return (path, f"{path}: {message}.") if path else (_begins_with(message, kind), f"{message}.")
+    message = _OF_PYDANTIC.sub("", first["msg"].rstrip("."))
     return path, f"{path}: {message}, not {reprlib.repr(first['input'])}."
+
+
+def _begins_with(sentence: str, kind: type[BaseModel]) -> str:
+    """The field that a sentence about several begins with, if it does."""
+    word = re.split(r"\W", sentence, maxsplit=1)[0]
+    return word if word in field_names(kind, ()) else ""
 
 
 def unknown(path: str, name: str, valid: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ def test_the_shipped_file_is_the_default() -> None:
         ("http_options: {prot: 1}", r"http_options.prot is not a field; did you mean port\?"),
         ("http_options: {port: 70000}", "http_options.port: should be less than or equal to 65535"),
         ("http_options: {request_timeout_s: 3}", "`serve run` knows it"),
-        ("applications: []", "applications: List should have at least 1"),
+        ("applications: []", "applications: should have at least 1 item, not"),
         ("applications: [{import_path: 'a:b'}]", "import_path is a:b, not deployments.app:build"),
         ("applications: [{import_path: 'deployments.app:build', deployments: []}]", "applications\\[0\\].deployments"),
         ("- 1", "valid dictionary"),
@@ -53,7 +53,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         (["serve", "/nowhere.yaml"], "/nowhere.yaml cannot be read: No such file or directory."),
         (["serve", "--set", "parallel.tensr=2"], "parallel.tensr is not a field; did you mean tensor?"),
         (["serve", "--set", "nonsense"], "write it as PATH=VALUE"),
-        (["serve", "--model", ""], "model: String should have at least 1 character"),
+        (["serve", "--model", ""], "model: should have at least 1 character"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(

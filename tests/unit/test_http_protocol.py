@@ -86,7 +86,12 @@ async def test_any_other_value_is_refused_by_name(
         ("/v1/completions", {"n": True}, "n", "valid integer"),
         ("/v1/completions", {"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ("/v1/completions", {"logprobs": True}, "logprobs", "valid integer"),
-        ("/v1/completions", {"prompt_logprobs": 1, "stream": True}, "", "prompt_logprobs is only possible without"),
+        (
+            "/v1/completions",
+            {"prompt_logprobs": 1, "stream": True},
+            "prompt_logprobs",
+            "prompt_logprobs is only possible without",
+        ),
         ("/v1/completions", {"presence_penalty": 2.1}, "presence_penalty", "less than or equal to 2"),
         ("/v1/completions", {"frequency_penalty": -2.1}, "frequency_penalty", "greater than or equal to -2"),
         ("/v1/completions", {"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
@@ -97,7 +102,7 @@ async def test_any_other_value_is_refused_by_name(
         ("/v1/completions", {"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
         ("/v1/completions", {"allowed_token_ids": [1000]}, "allowed_token_ids", "0 to 999"),
         ("/v1/completions", {"min_tokens": 17}, "min_tokens", "17 is more than the 16 tokens"),
-        ("/v1/completions", {"truncate_prompt_tokens": 0}, "", "must be -1, or 1 or more"),
+        ("/v1/completions", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "must be -1, or 1 or more"),
         ("/v1/completions", {"return_routing": 1}, "return_routing", "valid boolean"),
         ("/v1/completions", {"structured_outputs": {}}, "structured_outputs", "exactly one of json"),
         ("/v1/completions", {"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"),
@@ -114,9 +119,16 @@ async def test_any_other_value_is_refused_by_name(
             "",
             "either response_format or structured_outputs",
         ),
-        ("/v1/chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "belongs to type"),
+        ("/v1/chat/completions", {"response_format": {"type": "json_schema"}}, "response_format", "is required with"),
+        ("/v1/chat/completions", {"response_format": "text"}, "response_format", "a valid dictionary, not 'text'."),
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}},
+            "response_format",
+            "belongs to type json_schema, not text",
+        ),
         ("/v1/chat/completions", {"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
-        ("/v1/chat/completions", {"top_logprobs": 2}, "", "only possible with logprobs: true"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs", "only possible with logprobs: true"),
         ("/v1/chat/completions", {"logprobs": 1}, "logprobs", "valid boolean"),
         ("/v1/completions", {"temprature": 1}, "temprature", "did you mean temperature"),
         ("/v1/completions", {"temperature": 2.5}, "temperature", "less than or equal to 2"),
@@ -130,7 +142,7 @@ async def test_any_other_value_is_refused_by_name(
         ("/v1/completions", {"stop": ["a"] * 17}, "stop", "at most 16"),
         ("/v1/completions", {"stop": ""}, "stop[0]", "at least 1"),
         ("/v1/completions", {"stop_token_ids": [1000]}, "stop_token_ids", "0 to 999"),
-        ("/v1/completions", {"stream_options": {"include_usage": True}}, "", "only possible with stream"),
+        ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options", "only possible with stream"),
         ("/v1/completions", {"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "include_usage"),
         ("/v1/completions", {"request_id": "a b"}, "request_id", "pattern"),
         ("/v1/completions", {"prompt": None}, "prompt", "required"),
@@ -143,7 +155,7 @@ async def test_any_other_value_is_refused_by_name(
         ("/v1/completions", {"prompt": [-1]}, "prompt", "0 to 999"),
         ("/v1/completions", {"prompt": [1000]}, "prompt", "0 to 999"),
         ("/v1/completions", {"prompt": "x" * 99}, "prompt", "100 tokens and this server takes 100"),
-        ("/v1/chat/completions", {"messages": []}, "messages", "at least 1"),
+        ("/v1/chat/completions", {"messages": []}, "messages", "messages: should have at least 1 item, not []."),
         ("/v1/chat/completions", {"messages": "hello"}, "messages", "valid list"),
         ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role", "'assistant'"),
         ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0]", "tool_call_id"),
@@ -174,7 +186,8 @@ async def test_any_other_value_is_refused_by_name(
             "required",
         ),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages", "user's"),
-        ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "", "differ"),
+        ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+        ("/v1/chat/completions", {"service_tier": "flex"}, "service_tier", 'out, or use "auto" or "default".'),
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "", "either"),
         ("/detokenize", {"tokens": [5000]}, "tokens", "0 to 999"),
         ("/detokenize", {"tokens": [True]}, "tokens[0]", "valid integer"),
@@ -222,8 +235,9 @@ async def test_half_a_body_is_not_waited_for_forever() -> None:
         await read_json(request, timeout_s=0.01)
 
 
-async def test_an_escaped_surrogate_pair_is_a_character() -> None:
-    body = b'{"prompt": "\\ud83d\\ude00"}'
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+async def test_an_escaped_surrogate_pair_is_a_character(mark: bytes) -> None:
+    body = mark + b'{"prompt": "\\ud83d\\ude00"}'
     async with http(FakeEngine()) as client:
         response = await client.post("/tokenize", content=body, headers={"Content-Type": "application/json"})
     assert response.json()["tokens"] == [1, 0x1F600]

@@ -64,9 +64,12 @@ async def test_models_have_a_length() -> None:
     ("method", "path", "status", "message"),
     [
         ("GET", "/v2/models", 404, "no route GET /v2/models"),
-        ("GET", "/docs", 404, "no route GET /docs"),
-        ("GET", "/v1/completions", 405, "Method Not Allowed"),
-        ("DELETE", "/health", 405, "Method Not Allowed"),
+        ("GET", "/docs", 404, "no route GET /docs; GET /openapi.json lists those that there are."),
+        ("POST", "/chat/completions", 404, "no route POST /chat/completions; did you mean /v1/chat/completions?"),
+        ("POST", "/v1/v1/embeddings", 404, "did you mean /v1/embeddings?"),
+        ("POST", "/v1/token_classify", 404, "did you mean /token_classify?"),
+        ("GET", "/v1/completions", 405, "GET /v1/completions is not possible; use POST."),
+        ("DELETE", "/health", 405, "DELETE /health is not possible; use GET."),
         ("GET", "/v1/models/unknown", 404, f"possible: {MODEL}, other/alias"),
     ],
 )
