@@ -121,9 +121,9 @@ def test_a_rank_that_dies_costs_no_token(two_ranks: Server) -> None:
         os.kill(before["ranks"][1]["pid"], signal.SIGKILL)
         texts += [chunk.choices[0].text for chunk in stream]
     assert "".join(texts) == undisturbed
-    after = health(two_ranks)
-    assert after["recoveries"] == before["recoveries"] + 1
-    assert [rank["state"] for rank in after["ranks"]] == ["ready", "ready"]
+    # On a machine that does other things the last token may have come before the death.
+    eventually(lambda: health(two_ranks)["recoveries"] == before["recoveries"] + 1, "the rank was replaced")
+    assert [rank["state"] for rank in health(two_ranks)["ranks"]] == ["ready", "ready"]
 
 
 def test_ctrl_c_finishes_answers_and_a_second_one_does_not(two_ranks: Server) -> None:
