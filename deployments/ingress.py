@@ -64,10 +64,13 @@ class Ingress:
             return {}
         return autoscaling.stats(self._engine, self._metrics)
 
-    def drain(self) -> None:
-        """Take no more requests; those that run go on. Serve takes the replica away when they are done."""
-        if self._engine is not None:
-            self._engine.drain()
+    def drain(self) -> bool:
+        """Take no more requests; those that run go on. Whether any still do."""
+        if self._engine is None:
+            return False
+        self._engine.drain()
+        stats = self._engine.stats()
+        return stats.running + stats.waiting > 0
 
     def check_health(self) -> None:
         """Raises when only a new replica helps. Reads a flag: a busy engine is not an ill one."""

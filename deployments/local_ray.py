@@ -32,6 +32,7 @@ QUIET = {
 TELL_TIMEOUT_S = 5.0
 ROUTED_WITHIN_S = 30.0
 LOOK_AGAIN_S = 0.02
+ASK_AGAIN_S = 0.1
 PIPE_ENDS = "\n"  # no line of the log is empty
 
 
@@ -148,16 +149,17 @@ def _ready(host: str, port: int, path: str) -> bool:
 
 
 def drain(application: str) -> None:
-    """Take the application away, which waits for its answers. They have a deadline each, so this ends.
+    """Take the application away once its answers are out. They have a deadline each, so this ends.
 
     First every replica stops taking requests and says so at /ready: who comes now is told to come back, not cut off.
+    Serve hears of it last: from then on its proxy has no route, and its 404 would tell callers not to come back.
     """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     with contextlib.suppress(RayServeException, RayError, TimeoutError):  # whoever cannot be told is drained by Serve
-        asyncio.run(_tell_replicas(application))
+        asyncio.run(_until_idle(application))
     while True:
         try:
             serve.delete(application)
@@ -166,12 +168,16 @@ def drain(application: str) -> None:
         return
 
 
-async def _tell_replicas(application: str) -> None:
+async def _until_idle(application: str) -> None:
     """On an event loop: with RAY_SERVE_THROUGHPUT_OPTIMIZED handles work nowhere else."""
     from ray import serve
 
-    told = serve.get_app_handle(application).broadcast("drain")
-    await asyncio.wait_for(told.results_async(), TELL_TIMEOUT_S)
+    replicas = serve.get_app_handle(application)
+    while True:
+        busy = await asyncio.wait_for(replicas.broadcast("drain").results_async(), TELL_TIMEOUT_S)
+        if not any(busy):
+            return
+        await asyncio.sleep(ASK_AGAIN_S)
 
 
 def _treat_as_interrupt(*signals: signal.Signals) -> None:
@@ -179,4 +185,5 @@ def _treat_as_interrupt(*signals: signal.Signals) -> None:
         raise KeyboardInterrupt
 
     for each in signals:
-        signal.signal(each, interrupt)
+        if signal.getsignal(each) is not signal.SIG_IGN:  # under nohup SIGHUP is, and shall be
+            signal.signal(each, interrupt)

@@ -104,5 +104,6 @@ def test_streams_finish_and_nobody_new_is_taken_in(cluster: Cluster) -> None:
         ready = f"{cluster.url}/ready"
         cluster.eventually(lambda: httpx.get(ready, timeout=60).status_code != 200, "readiness fails first")
         late = httpx.post(f"{cluster.url}/v1/completions", json=LONG | {"max_tokens": 1}, timeout=60)
-        assert late.status_code in (503, 404), late.text  # draining; or the route is gone already
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "not_ready"), late.text
+        assert "retry-after" in late.headers
     leaving.join()

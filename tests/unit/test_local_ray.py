@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -74,6 +75,21 @@ def test_nothing_is_reported_to_others_unless_asked_for(said: str | None, monkey
     with pytest.raises(SettingsError, match="enough"), own_ray():
         pass
     assert seen == [said or "0"]
+
+
+def test_who_told_us_to_ignore_a_closed_terminal_is_heeded() -> None:
+    """That is all that nohup does."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        local_ray._treat_as_interrupt(signal.SIGTERM, signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_a_server_answers_once_its_proxy_knows_the_application() -> None:
