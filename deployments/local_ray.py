@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import tempfile
@@ -44,7 +45,7 @@ def own_ray() -> Iterator[Path]:
 
     # Not below TMPDIR: paths of sockets may have 107 characters, and Ray's own part takes most of them.
     directory = Path(tempfile.mkdtemp(prefix="mixtral-", dir="/tmp"))
-    for name, value in (QUIET | _direct_streaming(directory / "proxy")).items():
+    for name, value in (QUIET | _token() | _direct_streaming(directory / "proxy")).items():
         os.environ.setdefault(name, value)
     for logger in ("ray", "ray.serve"):
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -74,6 +75,12 @@ def in_one_sentence() -> Iterator[None]:
     except Exception as error:  # Ray raises nothing narrower
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SettingsError(f"Ray does not start: {reason} If this machine is very busy, try again later.") from error
+
+
+def _token() -> dict[str, str]:
+    """Ray's processes want one from each other, and would write it into a home that may not be there to write to."""
+    there = "RAY_AUTH_TOKEN_PATH" in os.environ or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    return {} if there else {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _direct_streaming(directory: Path) -> dict[str, str]:

@@ -77,6 +77,31 @@ def test_nothing_is_reported_to_others_unless_asked_for(said: str | None, monkey
     assert seen == [said or "0"]
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray Serve's own
+@pytest.mark.parametrize("has_one", [False, True])
+def test_a_home_needs_not_be_there_to_write_to(has_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would write its token there. One that is there already is the one that `ray status` knows."""
+    seen: list[str | None] = []
+
+    def init(**_: object) -> None:
+        seen.append(os.environ.get("RAY_AUTH_TOKEN"))
+        raise RuntimeError("enough")
+
+    if has_one:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("theirs")
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    monkeypatch.setattr(os, "environ", rest | {"HOME": str(tmp_path)})
+    monkeypatch.setattr(local_ray, "_treat_as_interrupt", lambda *_: None)
+    monkeypatch.setattr(ray, "init", init)
+    for _ in range(2):
+        with pytest.raises(SettingsError, match="enough"), own_ray():
+            pass
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+    assert (seen == [None, None]) is has_one
+    assert has_one or len(set(seen)) == 2, "every Ray has its own"
+
+
 def test_who_told_us_to_ignore_a_closed_terminal_is_heeded() -> None:
     """That is all that nohup does."""
     before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGTERM)}
