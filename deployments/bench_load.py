@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -91,7 +92,7 @@ async def _look(session: aiohttp.ClientSession, url: str, model: str | None) -> 
     except SettingsError:
         raise
     except (aiohttp.ClientError, OSError) as error:
-        raise SettingsError(f"{url} cannot be reached: {str(error) or type(error).__name__}.") from None
+        raise SettingsError(f"{url} cannot be reached: {_reason(error)}.") from None
     except NOT_OURS:
         raise SettingsError(f"{url} does not answer as mixtral-serve does; is --url that of its root?") from None
     return Target(session, name, begin, (word, *more)), limits[name]
@@ -185,6 +186,14 @@ def _code(body: bytes) -> str:
         return str(json.loads(body)["error"]["code"])
     except NOT_OURS:
         return "without a code"
+
+
+def _reason(error: aiohttp.ClientError | OSError) -> str:
+    """aiohttp's own sentences name its classes and flags."""
+    number = getattr(error, "errno", None) or 0
+    if number > 0:
+        return os.strerror(number)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__  # of a name: who looked it up says it
 
 
 async def _json(session: aiohttp.ClientSession, method: str, path: str, body: Any = None) -> Any:

@@ -230,7 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_command(commands)
     quantize.add_command(commands)
     plan.add_command(commands)
-    doctor = commands.add_parser("doctor", help="what of this machine works, and what to change for the rest")
+    examined = "what of this machine works, and what to change for the rest"
+    doctor = commands.add_parser("doctor", help=examined, description=f"Say {examined}.")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument(
         "--collectives", action="store_true", help="instead: let ranks exchange rows, kill one, and see them go on"

@@ -54,7 +54,7 @@ def check_room(parallel: ParallelConfig, device: Device, machine: Machine) -> No
         return
     if device == "cuda" and machine.gpus < parallel.ranks:
         raise SettingsError(
-            f"parallel: {parallel.ranks} ranks need a GPU each and there are {machine.gpus}; "
+            f"parallel: every rank needs a GPU, {parallel.ranks} in all, and there are {machine.gpus}; "
             "lower tensor or data, or set device: cpu."
         )
     if parallel.cpus_per_rank > machine.cores:

@@ -174,7 +174,11 @@ def _model(text: str) -> MixtralConfig:
             return MixtralConfig.from_dict(GEOMETRIES[text.lower()], text)
         if text == "demo":
             return load_config(Path(__file__).parents[1] / "model" / "demo")
-        return load_config(Path(text).expanduser())
+        directory = Path(text).expanduser()
+        if not directory.is_dir():
+            known = f"demo, {' or '.join(GEOMETRIES)}"
+            raise SettingsError(f"model: {text} is not a directory here; give that of a checkpoint, {known}.")
+        return load_config(directory)
     except ModelError as error:
         raise SettingsError(f"model: {error}.") from None
 

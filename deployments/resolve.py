@@ -221,7 +221,7 @@ def _cpus(settings: Settings, machine: Machine, device: Device, reasons: dict[st
         return 1.0, 1
     threads = max(1, machine.cores // ranks)
     reasons["parallel.cpus_per_rank"] = "default: 1 for the replica, divided"
-    reasons["threads_per_rank"] = f"{machine.cores} cores for {ranks} ranks"
+    reasons["threads_per_rank"] = f"cores: {machine.cores}, ranks: {ranks}"
     return math.floor(10_000 / ranks) / 10_000, threads  # Ray counts in steps of 0.0001
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -23,10 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rewrite(options: argparse.Namespace, action: Rewrite) -> int:
     """The exit status. SettingsError says in a sentence what is wrong with the source or the target."""
-    with tqdm(unit="B", unit_scale=True, disable=options.quiet) as bar:
+    with contextlib.ExitStack() as stack:
+        bar: tqdm[NoReturn] | None = None  # once there is progress: what is refused has none
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
+            nonlocal bar
+            if bar is None:
+                bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, disable=options.quiet))
             bar.update(done - bar.n)
 
         try:

@@ -96,7 +96,7 @@ def test_an_interrupt_prints_what_was_measured(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--url", f"http://127.0.0.1:{free_port()}"], "cannot be reached: Cannot connect to host"),
+        (["--url", f"http://127.0.0.1:{free_port()}"], " cannot be reached: Connection refused.\n"),
         (["--json", "/nowhere/result.json"], "/nowhere/result.json cannot be written: No such file or directory."),
         (["--api-key-env", "NO_SUCH_KEY"], "--api-key-env NO_SUCH_KEY: there is no such environment variable"),
     ],

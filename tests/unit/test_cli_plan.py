@@ -34,7 +34,7 @@ def test_cards_can_be_described(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "sentence"),
     [
         (["8x7b", "--context", "1000000"], "is more than the model's own, 32768"),
-        (["/nowhere"], "holds neither config.json nor params.json"),
+        (["7x3b"], "model: 7x3b is not a directory here; give that of a checkpoint, demo, 8x7b or 8x22b."),
         (["8x7b", "--gpus", "7", "--memory", "1"], None),
     ],
 )

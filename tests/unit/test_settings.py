@@ -160,8 +160,12 @@ def test_dtype(saved: str | None, wanted: str, machine: Machine, dtype: str, che
     [
         ({"model": "mistralai/Mixtral-8x7B-v0.1"}, LAPTOP, "not a directory here.*nothing is downloaded.*or demo"),
         ({"parallel": {"tensor": 3}}, LAPTOP, "tensor parallel 3 does not fit 4 query"),
-        ({"device": "cuda"}, LAPTOP, "1 ranks need a GPU each and there are 0; lower tensor or data, or set device"),
-        ({"parallel": {"tensor": 4, "data": 4}}, SERVER, "16 ranks need a GPU each and there are 8"),
+        (
+            {"device": "cuda"},
+            LAPTOP,
+            "every rank needs a GPU, 1 in all, and there are 0; lower tensor or data, or set device",
+        ),
+        ({"parallel": {"tensor": 4, "data": 4}}, SERVER, "every rank needs a GPU, 16 in all, and there are 8"),
         (
             {"parallel": {"tensor": 2, "data": 3, "expert": 4}},
             LAPTOP,
