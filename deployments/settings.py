@@ -129,7 +129,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterable[tuple[str, lis
         if path[-1] in valid:
             yield name, path, text
         elif len(path) > 1:
-            raise SettingsError(unknown(name, path[-1], valid or field_names(Settings, [])))
+            wrong, possible = (path[-1], valid) if valid else (path[0], field_names(Settings, []))
+            raise SettingsError(unknown(name, wrong, possible))
         elif nearest := get_close_matches(path[0], valid, n=1, cutoff=0.75):
             raise SettingsError(f"{name} is not a field; did you mean {ENVIRONMENT_PREFIX}{nearest[0].upper()}?")
 

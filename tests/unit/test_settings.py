@@ -82,7 +82,7 @@ def test_a_wrong_field_is_refused_in_one_sentence(args: dict[Any, Any], message:
     [
         ("MIXTRAL_MODLE", "x", "MIXTRAL_MODLE is not a field; did you mean MIXTRAL_MODEL?"),
         ("MIXTRAL_PARALLEL__TENSR", "2", "MIXTRAL_PARALLEL__TENSR is not a field; did you mean tensor?"),
-        ("MIXTRAL_PARALEL__TENSOR", "2", "MIXTRAL_PARALEL__TENSOR"),
+        ("MIXTRAL_PARALEL__TENSOR", "2", "MIXTRAL_PARALEL__TENSOR is not a field; did you mean parallel?"),
         ("MIXTRAL_PARALLEL__TENSOR", "two", "parallel.tensor: should be a valid integer, not 'two'"),
         ("MIXTRAL_PARALLEL__TENSOR", "1e3", "parallel.tensor: should be a valid integer"),
         ("MIXTRAL_PARALLEL__TENSOR", ".nan", "parallel.tensor"),
