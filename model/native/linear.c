@@ -34,8 +34,8 @@ INLINE void swiglu(int M, const __m512 gate[TILE_ROWS], const __m512 up[TILE_ROW
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
         const __m512 less = exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate[m]));
-        const __m512 hidden = _mm512_div_ps(_mm512_mul_ps(gate[m], up[m]), _mm512_add_ps(one, less));
-        store_bf16((bf16 *)(y + m * y_stride), hidden);
+        const __m512 silu = _mm512_div_ps(gate[m], _mm512_add_ps(one, less));
+        store_bf16((bf16 *)(y + m * y_stride), _mm512_mul_ps(silu, up[m]));
     }
 }
 

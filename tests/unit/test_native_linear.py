@@ -106,6 +106,8 @@ def test_silu_is_right_to_the_last_bit_but_one_wherever_it_is_asked() -> None:
     experts = NativeExperts([NativeLinear(gate_up_OD.bfloat16())], [NativeLinear(down_DF.bfloat16())])
     expected_N = torch.nn.functional.silu(gate_N.double()).bfloat16()
     torch.testing.assert_close(experts(x_ND, [len(x_ND)])[:, 0], expected_N, rtol=2**-8, atol=3e-37)
+    x_ND[:, 0], x_ND[:, 1] = -1e20, 1e30  # whose product is no float
+    assert not experts(x_ND, [len(x_ND)])[:, 0].any()
 
 
 @compiled
