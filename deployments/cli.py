@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 import socket
@@ -197,8 +198,16 @@ def _check_port_free(address: HttpOptions) -> None:
             ) from None
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mixtral-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a directory, not installed"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mixtral-serve", description="Serve Mixtral on Ray.")
+    parser.add_argument("--version", action="version", version=f"mixtral-serve {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",

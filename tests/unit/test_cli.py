@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from deployments.cli import greeting, main
 from deployments.config_file import HttpOptions, read_config_file
 from deployments.resolve import Resolved
 from deployments.settings import Settings, SettingsError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_shipped_file_is_the_default() -> None:
@@ -100,6 +103,14 @@ def test_help_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "Ctrl-C" in text
     assert "serve run serve_config.yaml" in text
+
+
+def test_its_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert capsys.readouterr().out == f"mixtral-serve {declared}\n"
 
 
 @pytest.mark.parametrize(
