@@ -31,3 +31,12 @@ def one_thread() -> None:
     """At the start of every test. Tiny tensors: a second thread only waits for the first, and whoever else is tested at
     the time waits for both."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
+    """How many torch has; the next test has one again. Inputs should differ with them: memory that was left as it was
+    must not be right by chance."""
+    count: int = request.param
+    torch.set_num_threads(count)
+    return count

@@ -3,7 +3,7 @@ whoever does them, and come out as they do one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,15 +16,6 @@ from model.native.linear import NativeExperts, NativeLinear
 pytestmark = pytest.mark.skipif(
     not has_kernels(), reason="no C compiler at installation, or no AVX-512 with BF16 in this processor"
 )
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Rows differ with them: memory that was left as it was must not be right by chance."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
