@@ -48,7 +48,7 @@ def test_the_page() -> None:
 def test_what_is_missing_is_said_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    versions = {"torch": "2.4.0+cu121", "ray": None}
+    versions = {"torch": "2.4.0+cu121", "ray": None, "mixtral-serve": None}
 
     def version(name: str) -> str:
         found = versions[name]
