@@ -106,7 +106,7 @@ class RankLoader:
         lacks = needed - self._free_bytes()
         if lacks > 0:
             raise EngineError(
-                f"rank {self._rank}'s weights take {needed} bytes and its {self.device.type} lacks "
+                f"rank {self._rank} needs {needed} bytes to load its weights and its {self.device.type} lacks "
                 f"{lacks} of them: use more ranks or a quantization (mixtral-serve plan compares them)"
             )
 

@@ -109,7 +109,8 @@ def _run(settings: Settings, address: HttpOptions, name: str, route_prefix: str)
         except RuntimeError as error:
             raise SettingsError(f"the model could not be started: {why_it_failed(name) or error}") from None
         try:
-            wait_until_routed(_host(address), address.port, route_prefix)
+            if not wait_until_routed(_host(address), address.port, route_prefix):
+                print("\nServe's proxy does not answer yet; once it does:", file=sys.stderr, flush=True)
             print(f"\n{greeting(resolved, address, route_prefix)}", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:

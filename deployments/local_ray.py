@@ -139,11 +139,14 @@ def why_it_failed(application: str) -> str | None:
     return None
 
 
-def wait_until_routed(host: str, port: int, route_prefix: str) -> None:
-    """Serve calls an application running before its proxy, HAProxy above all, has heard of it."""
+def wait_until_routed(host: str, port: int, route_prefix: str) -> bool:
+    """Serve calls an application running before its proxy, HAProxy above all, has heard of it. Whether it has now."""
     deadline = monotonic() + ROUTED_WITHIN_S
-    while not _ready(host, port, f"{route_prefix.rstrip('/')}/ready") and monotonic() < deadline:
+    while not _ready(host, port, f"{route_prefix.rstrip('/')}/ready"):
+        if monotonic() > deadline:
+            return False
         sleep(LOOK_AGAIN_S)
+    return True
 
 
 def _ready(host: str, port: int, path: str) -> bool:

@@ -133,7 +133,7 @@ def test_a_server_answers_once_its_proxy_knows_the_application() -> None:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            wait_until_routed("127.0.0.1", server.server_port, "/prefix")
+            assert wait_until_routed("127.0.0.1", server.server_port, "/prefix")
         finally:
             server.shutdown()
             thread.join()
@@ -142,4 +142,4 @@ def test_a_server_answers_once_its_proxy_knows_the_application() -> None:
 
 def test_a_server_that_nobody_can_ask_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.local_ray.ROUTED_WITHIN_S", 0.05)
-    wait_until_routed("127.0.0.1", 9, "/")
+    assert not wait_until_routed("127.0.0.1", 9, "/")
